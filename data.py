@@ -1,0 +1,677 @@
+"""Label sets, datasets, texts, CLIP and cached embeddings. Knows no method.
+
+N photos or texts, C labels, D width of CLIP's joint space. Labels are int8 [N, C]: 1 present, 0 absent, -1 ignored.
+Everything a person can get wrong raises UsageError, one line that names the thing and what to do; the scripts print it and exit with 2.
+
+>>> import data
+>>> clip = data.load_clip("scenes")
+>>> data.embed_texts(clip, ["a photo of a boat.", "a red car in the snow"]).shape
+torch.Size([2, 96])
+"""
+import difflib
+import gzip
+import hashlib
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import scenes
+
+HERE = Path(__file__).parent
+ASSETS = HERE / "assets"
+WEIGHTS = HERE / "weights"  # where weights fetched by hand may be put: weights/<backbone>.<tag>.safetensors (or .pt, .bin)
+DATASETS = ("scenes", "voc2007")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class UsageError(Exception):
+    """A person's mistake or missing data. The message is one line: what is wrong, and what to do."""
+
+
+def say(message):
+    """One line for the person at the terminal. Stderr, so that stdout holds results only."""
+    print(message, file=sys.stderr, flush=True)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+def write_atomically(path, content):
+    """Write str or bytes so that the path holds the old content or the new, never a part. Raises UsageError if it cannot."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, path)
+    except OSError as error:
+        if partial.is_file():
+            partial.unlink()
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from None
+
+
+def write_json(path, value):
+    """Strict JSON: nan becomes null."""
+    def strict(v):
+        if isinstance(v, dict):
+            return {str(k): strict(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [strict(x) for x in v]
+        return None if isinstance(v, float) and not np.isfinite(v) else str(v) if isinstance(v, Path) else v
+    write_atomically(path, json.dumps(strict(value), indent=1, allow_nan=False) + "\n")
+
+
+def read_text(path, what):
+    """The text of a UTF-8 file, or of its gzip. Raises UsageError that names the file and what it was to be."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{what} {path}: {'is a folder, not a file' if path.is_dir() else 'no such file'}")
+    try:
+        content = path.read_bytes()
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UsageError(f"{what} {path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def read_json(path, what):
+    try:
+        return json.loads(read_text(path, what))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{what} {path}: not valid JSON ({error})") from None
+
+
+# --- labels and texts -------------------------------------------------------------------------------------------------
+
+def check_names(names, source):
+    """Label names must be there, distinct (case aside), printable and at most 200 characters. Raises UsageError."""
+    seen = {}
+    for number, name in enumerate(names, 1):
+        if name.casefold() in seen:
+            raise UsageError(f"{source}: label '{name}' stands twice (entries {seen[name.casefold()]} and {number}); remove one")
+        if len(name) > 200 or any(ord(c) < 32 for c in name):
+            raise UsageError(f"{source}: entry {number} is not a label name ({len(name)} characters, or control characters): {name[:40]!r}")
+        seen[name.casefold()] = number
+    if not names:
+        raise UsageError(f"{source}: holds no label; write one name a line")
+    return names
+
+
+def read_labels(path):
+    """A label file, one name a line (UTF-8, blank lines skipped) -> list of str. Raises UsageError: missing, empty, duplicates."""
+    return check_names([line.strip() for line in read_text(path, "label file").splitlines() if line.strip()], f"label file {path}")
+
+
+def synonyms_of(names, dataset=None):
+    """{name: [other words for it]}, from assets/labels/<dataset>.json or the scenes grammar. The key "" holds phrases that look like a
+    label but are none ("hot dog"). Names without an entry have no synonyms."""
+    path = ASSETS / "labels" / f"{dataset}.json"
+    table = read_json(path, "synonyms") if path.is_file() else {}
+    if dataset == "scenes":
+        table = {"": ["at home"], **{name: list(thing.words[1:]) for name, thing in scenes.THINGS.items()}}
+    return {"": table.get("", []), **{name: table.get(name, []) for name in names}}
+
+
+def _forms(words):
+    """Singular and regular plural of a noun phrase."""
+    forms = [words, words + "s", words + "es"]
+    if re.search("[^aeiou]y$", words):
+        forms.append(words[:-1] + "ies")
+    if re.search("fe?$", words):
+        forms.append(re.sub("fe?$", "ves", words))
+    return forms
+
+
+def match_nouns(texts, names, synonyms=None):
+    """Labels of sentences by the words in them (field: TaI-DPT and its followers).
+
+    A label is present if its name, a synonym, or the plural of one stands in the text as whole words. The longest phrase wins, so that
+    "hot dog" is no dog where "hot dog" is known. -> int8 [N, C]
+    """
+    synonyms = synonyms or {}
+    table = {form.casefold(): None for phrase in synonyms.get("", []) for form in _forms(phrase)}
+    for column, name in enumerate(names):
+        for phrase in [name, *synonyms.get(name, [])]:
+            for form in _forms(phrase.casefold()):
+                table.setdefault(form, column)
+    longest_first = sorted(table, key=len, reverse=True)
+    pattern = re.compile(r"(?<!\w)(?:" + "|".join(r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", form)) for form in longest_first) + r")(?!\w)")
+    labels = np.zeros((len(texts), len(names)), np.int8)
+    for row, text in enumerate(texts):
+        for match in pattern.finditer(text.casefold()):
+            column = table.get(match.group(), table.get(re.sub(r"[\s-]+", " ", match.group())))
+            if column is not None:
+                labels[row, column] = 1
+    return labels
+
+
+def read_texts(path, names):
+    """Training texts from JSON lines {"text": str, "labels": [names]}, plain or gzip -> (list of str, int8 [N, C]).
+
+    A text with an empty label list is skipped and counted. Raises UsageError, with the line number, for a line of another form or a
+    label that is not among names (nothing is dropped silently: it would turn a present label into an absent one).
+    """
+    column = {name: index for index, name in enumerate(names)}
+    texts, rows, unlabelled = [], [], []
+    for number, line in enumerate(read_text(path, "text file").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"text file {path}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            raise UsageError(f"{where}: not valid JSON; each line must be {{\"text\": ..., \"labels\": [...]}}") from None
+        if not (isinstance(entry, dict) and isinstance(entry.get("text"), str) and isinstance(entry.get("labels"), list)):
+            raise UsageError(f"{where}: must be {{\"text\": ..., \"labels\": [...]}}")
+        if not entry["labels"] or not entry["text"].strip():
+            unlabelled.append(number)
+            continue
+        for label in entry["labels"]:
+            if label not in column:
+                near = difflib.get_close_matches(str(label), names, 1)
+                raise UsageError(f"{where}: label '{label}' is not in the label list{f' (did you mean {near[0]}?)' if near else ''}; "
+                                 "use the label file that the texts were made for")
+        texts.append(entry["text"].strip())
+        rows.append([column[label] for label in entry["labels"]])
+    if unlabelled:
+        say(f"{path}: {len(unlabelled)} texts without labels skipped (first: line {unlabelled[0]})")
+    if not texts:
+        raise UsageError(f"text file {path}: no usable text; each line must be {{\"text\": ..., \"labels\": [...]}}")
+    labels = np.zeros((len(texts), len(names)), np.int8)
+    for row, columns in enumerate(rows):
+        labels[row, columns] = 1
+    return texts, labels
+
+
+def read_captions(path, names, synonyms=None):
+    """Training texts from captions: COCO's captions_*.json, or one caption a line; labels by match_nouns; captions that name no label
+    are left out. -> (list of str, int8 [N, C]). Raises UsageError if none is left."""
+    if str(path).endswith(".json"):
+        content = read_json(path, "caption file")
+        try:
+            texts = [entry["caption"].strip() for entry in content["annotations"]]
+        except (TypeError, KeyError, AttributeError):
+            raise UsageError(f"caption file {path}: not COCO's caption form (no annotations with a caption each)") from None
+    else:
+        texts = [line.strip() for line in read_text(path, "caption file").splitlines() if line.strip()]
+    labels = match_nouns(texts, names, synonyms)
+    named = labels.any(1)
+    if not named.any():
+        raise UsageError(f"caption file {path}: none of its {len(texts)} captions names one of the {len(names)} labels; check the label names")
+    say(f"{path}: {int(named.sum())} of {len(texts)} captions name a label")
+    return [text for text, keep in zip(texts, named) if keep], labels[named]
+
+
+def template_texts(names, count, seed):
+    """Plain sentences for label sets of 1 to 5 names, every label as often as any other in first place. No language model wrote
+    them: they let the tagger run when no text file is given. -> (list of str, int8 [count, C])"""
+    rng = np.random.default_rng(seed)
+    openers = ("a photo of", "a picture of", "there is", "we can see", "a photo with", "here is")
+    texts, labels = [], np.zeros((count, len(names)), np.int8)
+    for row in range(count):
+        if row % len(names) == 0:
+            order = rng.permutation(len(names))
+        first = int(order[row % len(names)])
+        extra = rng.permutation(len(names))[:int(rng.integers(0, min(5, len(names))))]
+        chosen = [first] + [int(label) for label in extra if label != first]
+        words = [("an " if names[label][0].lower() in "aeiou" else "a ") + names[label] for label in chosen]
+        joined = words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+        texts.append(f"{openers[int(rng.integers(len(openers)))]} {joined}.")
+        labels[row, chosen] = 1
+    return texts, labels
+
+
+# --- photos and datasets ----------------------------------------------------------------------------------------------
+
+class LabelledPhotos(NamedTuple):
+    photos: list        # paths, or (split, index) for pictures of scenes
+    labels: np.ndarray  # int8 [N, C]
+    names: list         # C label names, readable ("dining table")
+    policy: str         # how doubtful labels were treated, for the record
+
+
+def list_photos(path):
+    """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted list of Path. Raises UsageError if none."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UsageError(f"photos {path}: no such file or folder")
+    photos = sorted(p for p in path.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file() and not p.name.startswith("."))
+    if not photos:
+        raise UsageError(f"photos {path}: no photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})")
+    return photos
+
+
+def open_photo(photo):
+    """Path or scenes' (split, index) -> PIL RGB, turned upright by its EXIF mark. Raises OSError or ValueError if unreadable."""
+    if isinstance(photo, tuple):
+        return scenes.picture(*photo)[0]
+    with Image.open(photo) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+VOC_NAMES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
+             "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+VOC_TREE = "VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}"
+
+
+def voc2007(root, split, difficult="ignore"):
+    """PASCAL VOC2007 in its official layout. split: "trainval" or "test".
+
+    difficult: what a label seen only on objects marked difficult becomes: "ignore" (-1; the devkit's rule), "negative" (0; TaI-DPT,
+    DualCoOp) or "positive" (1; TagCLIP). Raises UsageError if files are missing, with the tree expected.
+    """
+    base = next((b for b in (Path(root) / "VOCdevkit" / "VOC2007", Path(root) / "VOC2007", Path(root)) if (b / "ImageSets" / "Main").is_dir()), None)
+    if base is None:
+        raise UsageError(f"voc2007: nothing under {root}; expected {Path(root)}/{VOC_TREE}. Add --download (about 870 MB, hash-checked), or fetch "
+                         "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2007/ and unpack both there")
+    column = {name.replace(" ", ""): index for index, name in enumerate(VOC_NAMES)}
+    ids = read_text(base / "ImageSets" / "Main" / f"{split}.txt", "voc2007: image list").split()
+    if not ids:
+        raise UsageError(f"voc2007: {base / 'ImageSets' / 'Main' / f'{split}.txt'} is empty; unpack the archive again")
+    labels = np.zeros((len(ids), len(VOC_NAMES)), np.int8)
+    for row, image_id in enumerate(ids):
+        path = base / "Annotations" / f"{image_id}.xml"
+        try:
+            objects = ElementTree.parse(path).getroot().findall("object")
+        except (OSError, ElementTree.ParseError) as error:
+            raise UsageError(f"voc2007: annotation {path} cannot be read ({error}); unpack the archive again") from None
+        for thing in objects:
+            name = (thing.findtext("name") or "").strip()
+            if name not in column:
+                raise UsageError(f"voc2007: annotation {path} names '{name}', which is not one of the 20 classes")
+            if thing.findtext("difficult", "0").strip() != "1":
+                labels[row, column[name]] = 1
+            elif labels[row, column[name]] != 1:
+                labels[row, column[name]] = {"ignore": -1, "negative": 0, "positive": 1}[difficult]
+    return LabelledPhotos([base / "JPEGImages" / f"{image_id}.jpg" for image_id in ids], labels, list(VOC_NAMES), f"difficult={difficult}")
+
+
+def download_voc2007(root):
+    """Fetch and unpack VOC2007 trainval and test through torchvision, which checks the archives' hashes. Raises UsageError."""
+    import_open_clip()  # torchvision imports only after its guard
+    from torchvision.datasets import VOCDetection
+    for image_set in ("trainval", "test"):
+        try:
+            VOCDetection(str(root), year="2007", image_set=image_set, download=True)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(f"voc2007: download failed ({error}); fetch VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar by hand and "
+                             f"unpack both under {root}") from None
+
+
+def load_photos(dataset, root, split, limit=None, difficult="ignore", download=False):
+    """Labelled photos of a dataset. split: "train" or "test"; limit: only the first ones. -> LabelledPhotos"""
+    if dataset == "scenes":
+        count = min(limit or 2000, 2000)
+        labels = np.stack([scenes.labels_of(split, index) for index in range(count)]).astype(np.int8)
+        return LabelledPhotos([(split, index) for index in range(count)], labels, list(scenes.NAMES), "all things drawn are labelled, hidden ones too")
+    if download and not (Path(root) / "VOCdevkit" / "VOC2007" / "ImageSets").is_dir():
+        download_voc2007(root)
+    photos, labels, names, policy = voc2007(root, {"train": "trainval", "test": "test"}[split], difficult)
+    return LabelledPhotos(photos[:limit], labels[:limit], names, policy)
+
+
+def load_features(path):
+    """Ready-made embeddings of any encoder pair, one .npz (no pickles). -> dict of float32 and int8 arrays and names
+
+    text_embeddings [N, D], text_labels [N, C], image_embeddings [M, D], image_labels [M, C] (1, 0, -1), label_names [C],
+    label_embeddings [C, D]; image_ids [M] may be there. Raises UsageError for missing arrays, wrong shapes, values that are not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"features file {path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except Exception as error:  # numpy raises half a dozen kinds for a damaged archive or a pickled member
+        raise UsageError(f"features file {path}: not a readable .npz without pickled objects ({error})") from None
+    wanted = ("text_embeddings", "text_labels", "image_embeddings", "image_labels", "label_names", "label_embeddings")
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise UsageError(f"features file {path}: lacks {', '.join(missing)}; it must hold {', '.join(wanted)}")
+    names = check_names([str(name) for name in arrays["label_names"].ravel()], f"features file {path}")
+    classes, width = len(names), arrays["text_embeddings"].shape[-1]
+    for name, shape in (("text_embeddings", (None, width)), ("text_labels", (len(arrays["text_embeddings"]), classes)), ("image_embeddings", (None, width)),
+                        ("image_labels", (len(arrays["image_embeddings"]), classes)), ("label_embeddings", (classes, width))):
+        array = arrays[name]
+        if array.ndim != 2 or any(want is not None and want != got for want, got in zip(shape, array.shape)) or not len(array):
+            raise UsageError(f"features file {path}: {name} has shape {list(array.shape)}, expected [{shape[0] or 'N'}, {shape[1]}]")
+        if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+            raise UsageError(f"features file {path}: {name} holds values that are not finite numbers")
+        if name.endswith("_labels") and not np.isin(array, (-1, 0, 1)).all():
+            raise UsageError(f"features file {path}: {name} must hold 1 (present), 0 (absent) or -1 (ignored) only")
+        arrays[name] = array.astype(np.int8 if name.endswith("_labels") else np.float32)
+    arrays["label_names"] = names
+    return arrays
+
+
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+_torchvision_schemas = []  # keeps the declarations below alive
+
+
+def import_open_clip():
+    """open_clip, also where torchvision's wheel does not fit torch's build. -> module"""
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        # torchvision's PyPI wheel beside a CPU build of torch: its compiled operators are missing, and its import stops where it
+        # registers a fake kernel for the first of them. Declaring the schemas is enough: nothing here calls them.
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _torchvision_schemas.append(torch.library.Library("torchvision", "DEF"))
+        for name in ("nms", "qnms"):
+            _torchvision_schemas[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import open_clip
+    return open_clip
+
+
+class Clip(NamedTuple):
+    model: torch.nn.Module  # open_clip.model.CLIP, frozen, in eval mode
+    tokenizer: object       # list of str -> int64 [N, context length]
+    preprocess: object      # PIL RGB -> float32 [3, H, W]
+    name: str               # for people
+    key: str                # hash of architecture, weights, preprocessing and precision: names the cache
+    known_tokens: set       # token ids with trained rows; None: all of them
+    precision: str
+
+
+def choose_device(gpu, cpu):
+    """--gpu N, --cpu or neither -> torch.device. Raises UsageError for a GPU that is not there."""
+    count = torch.cuda.device_count()
+    if gpu is not None and cpu:
+        raise UsageError("--gpu and --cpu exclude each other; give one")
+    if gpu is not None and not 0 <= gpu < count:
+        raise UsageError(f"--gpu {gpu}: this machine has {count} GPU{'' if count == 1 else 's'} that PyTorch can use; leave the flag out or add --cpu")
+    if cpu or count == 0:
+        if not cpu:
+            say("no GPU found: running on the CPU")
+        return torch.device("cpu")
+    return torch.device("cuda", gpu or 0)
+
+
+def _supported(config):
+    """OpenAI-style ViT or ResNet tower with CLIP's causal text transformer: what both methods' formulas are written for."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    return not (config.get("custom_text") or "multimodal_cfg" in config or "timm_model_name" in vision or vision.get("attentional_pool")
+                or vision.get("pool_type", "tok") != "tok" or "hf_model_name" in text or "hf_tokenizer_name" in text
+                or text.get("no_causal_mask") or text.get("embed_cls") or text.get("pool_type", "argmax") != "argmax")
+
+
+def _find_weights(open_clip, backbone, pretrained):
+    """Local file of a backbone's weights: a path as given, weights/<backbone>.<tag>.*, the Hugging Face cache, or a fresh download."""
+    if Path(pretrained).is_file():
+        return Path(pretrained)
+    tags = open_clip.list_pretrained_tags_by_model(backbone)
+    if pretrained not in tags:
+        near = difflib.get_close_matches(pretrained, tags, 3, 0.3)
+        raise UsageError(f"--pretrained {pretrained}: neither a file nor weights that open_clip knows for {backbone} (it knows {', '.join(near or tags) or 'none'})")
+    for path in sorted(WEIGHTS.glob(f"{backbone}.{pretrained}.*")):
+        return path
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    config = open_clip.get_pretrained_cfg(backbone, pretrained)
+    repository, filename = os.path.split(config.get("hf_hub", ""))
+    filename = filename or "open_clip_model.safetensors"
+    for candidate in (filename, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin") if repository else ():
+        cached = try_to_load_from_cache(repository, candidate)
+        if isinstance(cached, str):
+            return Path(cached)
+    url = hf_hub_url(repository, filename) if repository else config.get("url", "")
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # the host answers: open_clip may know another file name
+    except (OSError, ValueError) as error:
+        raise UsageError(f"weights of {backbone} ({pretrained}) are not on this machine and cannot be fetched ({getattr(error, 'reason', error)}): get {url} "
+                         f"where there is network and put it at {WEIGHTS / f'{backbone}.{pretrained}{Path(filename).suffix}'}, or pass --pretrained FILE") from None
+    try:
+        return Path(open_clip.download_pretrained(config))
+    except Exception as error:  # hub clients raise many kinds
+        raise UsageError(f"weights of {backbone} ({pretrained}): download failed ({error}); get {url} by hand and pass --pretrained FILE") from None
+
+
+def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32", resolution=None):
+    """A frozen CLIP. backbone: "scenes" (the shipped tiny one) or open_clip's name; pretrained: open_clip's tag, a file, or "none" for
+    random weights (seed 0); precision: fp32, bf16 or fp16 (the last two through autocast); resolution: pixels, position embeddings
+    are interpolated. Raises UsageError for an unknown or unsupported backbone, and for weights that cannot be had. -> Clip
+    """
+    open_clip = import_open_clip()
+    known_tokens = None
+    if backbone == "scenes":
+        config, state, known_tokens = _scenes_state(pretrained)
+        if resolution:
+            config["vision_cfg"]["image_size"] = resolution
+        _check_resolution(config, resolution)
+        model = open_clip.model.CLIP(**config)
+        if state:
+            open_clip.model.resize_pos_embed(state, model)
+            model.load_state_dict(state)
+        tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+        preprocessing = {"size": model.visual.image_size, "resize_mode": "shortest", "interpolation": "bicubic"}
+        preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocessing), is_train=False)
+    else:
+        backbone = backbone.replace("/", "-")
+        supported = [name for name in open_clip.list_models() if _supported(open_clip.get_model_config(name))]
+        if backbone not in open_clip.list_models():
+            near = difflib.get_close_matches(backbone, supported + ["scenes"], 3, 0.4)
+            raise UsageError(f"--backbone {backbone}: unknown; did you mean {', '.join(near) or 'ViT-B-16, ViT-B-32, RN50'}?")
+        if backbone not in supported:
+            raise UsageError(f"--backbone {backbone}: not supported; this needs an OpenAI-style ViT or ResNet with CLIP's causal text transformer (ViT-B-16, RN50, ...)")
+        pretrained = pretrained or "openai"
+        _check_resolution(open_clip.get_model_config(backbone), resolution)
+        path = None if pretrained == "none" else _find_weights(open_clip, backbone, pretrained)
+        tag = {} if path is None else open_clip.get_pretrained_cfg(backbone, pretrained)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            logging_level = open_clip.factory.logging.getLogger().level
+            open_clip.factory.logging.getLogger().setLevel("ERROR")  # open_clip warns of random weights, which were asked for
+            model = open_clip.create_model(backbone, pretrained=None, load_weights=False, force_quick_gelu=bool(tag.get("quick_gelu")), force_image_size=resolution,
+                                           force_preprocess_cfg={k: v for k, v in tag.items() if k in ("mean", "std", "interpolation", "resize_mode")} or None)
+            open_clip.factory.logging.getLogger().setLevel(logging_level)
+        if path is not None:
+            try:
+                open_clip.load_checkpoint(model, str(path), strict=True, weights_only=True)
+            except Exception as error:  # a wrong file fails in many ways inside torch and safetensors
+                reason = str(error).splitlines()[0][:160]
+                raise UsageError(f"weights {path} do not load into {backbone} ({reason}); OpenAI's own .pt archives hold code and are refused: "
+                                 "take the .safetensors that open_clip fetches") from None
+            if not tag and "quickgelu" not in backbone:
+                say(f"{path}: if these are OpenAI's weights, use --backbone {backbone}-quickgelu (open_clip's name for their activation)")
+        tokenizer = open_clip.get_tokenizer(backbone)
+        preprocessing = model.visual.preprocess_cfg
+        preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocessing), is_train=False)
+    model.requires_grad_(False).eval()
+    digest = hashlib.blake2b(f"{backbone} {precision} {sorted(preprocessing.items())}".encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    name = backbone if backbone == "scenes" else f"{backbone} ({pretrained})"
+    return Clip(model.to(device), tokenizer, preprocess, name, digest.hexdigest(), known_tokens, precision)
+
+
+def _check_resolution(config, resolution):
+    vision = config["vision_cfg"]
+    if resolution and not isinstance(vision["layers"], int) and resolution != vision["image_size"]:
+        raise UsageError(f"--resolution {resolution}: ResNet towers run at their own {vision['image_size']} pixels here; leave the flag out")
+    if resolution and (resolution < 1 or resolution % vision.get("patch_size", 1)):
+        raise UsageError(f"--resolution {resolution}: must be a positive multiple of the patch size {vision.get('patch_size', 1)}")
+
+
+def _scenes_state(pretrained):
+    """Config, state dict (None for random weights) and trained token ids of the tiny CLIP."""
+    config = {name: dict(value) if isinstance(value, dict) else value for name, value in scenes.CLIP_CONFIG.items()}
+    if pretrained == "none":
+        return config, None, None
+    path = Path(pretrained) if pretrained else scenes.CHECKPOINT
+    try:
+        with safe_open(str(path), "pt") as stored:
+            state = {name: stored.get_tensor(name) for name in stored.keys()}
+        token_ids = state.pop("token_ids")
+        rows = state["token_embedding.weight"].float()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UsageError(f"scenes checkpoint {path}: cannot be read ({error}); make it again with python scenes.py train") from None
+    state = {name: tensor.float() for name, tensor in state.items()}
+    state["token_embedding.weight"] = torch.zeros(config["text_cfg"]["vocab_size"], rows.shape[1]).index_copy_(0, token_ids, rows)
+    return config, state, set(token_ids.tolist())
+
+
+def _autocast(clip, device):
+    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[clip.precision]
+    return torch.autocast(device.type, dtype=kind, enabled=kind is not None)
+
+
+# --- embeddings, cached -----------------------------------------------------------------------------------------------
+
+BLOCK = 4096  # rows a cache file; an interrupted run loses at most one of them
+
+
+def _cached(cache, kind, key_parts, compute):
+    """compute() -> dict of tensors, kept in <cache>/<kind>-<hash of key_parts>.safetensors. Written atomically, so two runs at once or
+    a killed one leave only whole files; a file that cannot be read is made anew; a cache that cannot be written is done without."""
+    if cache is None:
+        return compute()
+    digest = hashlib.blake2b("\0".join(key_parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    path = Path(cache) / f"{kind}-{digest}.safetensors"
+    if path.is_file():
+        try:
+            with safe_open(str(path), "pt") as stored:
+                return {name: stored.get_tensor(name) for name in stored.keys()}
+        except (OSError, SafetensorError):
+            say(f"{path}: damaged cache file, made anew")
+    tensors = compute()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(partial))
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        if partial.is_file():
+            partial.unlink()
+        say(f"cache {cache}: not written ({error}); going on without")
+    return tensors
+
+
+@torch.no_grad()
+def embed_texts(clip, texts, cache=None, batch_size=256):
+    """Text embeddings, raw (not normalised), float32 [N, D] on the CPU. Texts past the context length are cut, and counted in one line."""
+    device = clip.model.logit_scale.device
+    blocks, cut, unknown = [], 0, []
+
+    def compute():
+        rows = []
+        for start in range(0, len(block), batch_size):
+            tokens = clip.tokenizer(block[start:start + batch_size]).to(device)
+            with _autocast(clip, device):
+                rows.append(clip.model.encode_text(tokens).float().cpu())
+        return {"embeddings": torch.cat(rows)}
+
+    for start in range(0, len(texts), BLOCK):
+        block = texts[start:start + BLOCK]
+        if clip.known_tokens is not None or any(len(text) > 150 for text in block):
+            for text in block:
+                tokens = clip.tokenizer.encode(text)
+                cut += len(tokens) + 2 > clip.tokenizer.context_length
+                if clip.known_tokens is not None and len(unknown) < 10:
+                    unknown += [w for t in tokens if t not in clip.known_tokens for w in [clip.tokenizer.decode([t]).strip()] if w not in unknown]
+        blocks.append(_cached(cache, "texts", [clip.key, *block], compute)["embeddings"])
+    if cut:
+        say(f"{cut} of {len(texts)} texts are longer than {clip.tokenizer.context_length} tokens and were cut")
+    if unknown:
+        say(f"the {clip.name} CLIP has never seen: {', '.join(unknown[:10])}; such words mean nothing to it")
+    return torch.cat(blocks)
+
+
+@torch.no_grad()
+def embed_photos(clip, photos, cache=None, batch_size=64, workers=2, quiet=False):
+    """Global image embeddings, raw. photos: list of paths or scenes' (split, index). A photo that cannot be read is named, and its row
+    left out. -> (float32 [K, D] on the CPU, indices [K] of the photos that were read). Raises UsageError if none was."""
+    device = clip.model.logit_scale.device
+    width = clip.model.text_projection.shape[1]
+    bar = tqdm(total=len(photos), desc="embedding photos", unit="photo", disable=quiet or not sys.stderr.isatty())
+
+    def load(photo):
+        try:
+            return clip.preprocess(open_photo(photo))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
+            return f"{photo}: {error}"
+
+    def compute():
+        embeddings, good = torch.full((len(block), width), float("nan")), torch.zeros(len(block), dtype=torch.bool)
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for at in range(0, len(block), batch_size):
+                loaded = list(pool.map(load, block[at:at + batch_size]))
+                rows = [at + n for n, image in enumerate(loaded) if not isinstance(image, str)]
+                if rows:
+                    with _autocast(clip, device):
+                        embeddings[rows] = clip.model.encode_image(torch.stack([loaded[n - at] for n in rows]).to(device)).float().cpu()
+                    good[rows] = True
+                bar.update(len(loaded))
+        return {"embeddings": embeddings, "good": good}
+
+    def identity(photo):
+        if isinstance(photo, tuple):
+            return f"{photo} {scenes.DIGEST}"
+        try:
+            status = os.stat(photo)
+            return f"{os.path.abspath(photo)} {status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            return f"{photo} missing"
+
+    parts = []
+    for start in range(0, len(photos), BLOCK):
+        block = photos[start:start + BLOCK]
+        parts.append(_cached(cache, "photos", [clip.key, *map(identity, block)], compute))
+    bar.close()
+    embeddings, good = torch.cat([part["embeddings"] for part in parts]), torch.cat([part["good"] for part in parts])
+    bad = [str(photo) for photo, fine in zip(photos, good.tolist()) if not fine]
+    if bad:
+        say(f"{len(bad)} of {len(photos)} photos could not be read and were skipped: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
+    if len(bad) == len(photos):
+        raise UsageError("no photo could be read; check the files named above")
+    return embeddings[good], good.nonzero()[:, 0].numpy()
+
+
+# --- contact sheet ----------------------------------------------------------------------------------------------------
+
+def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
+    """One PNG of the photos with their strongest labels and scores drawn below each; chosen tags are bright, the rest grey.
+
+    scores: [N, C] in 0..1; tags: list of N lists of label indices; at most `limit` photos are drawn. -> Path
+    """
+    photos, shown = photos[:limit], min(4, len(names))
+    side, line, gap = 260, 22, 12
+    rows = -(-len(photos) // per_row)
+    columns = min(per_row, len(photos))
+    sheet = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (side + shown * line + 2 * gap)), (24, 26, 30))
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for n, photo in enumerate(photos):
+        x, y = gap + n % per_row * (side + gap), gap + n // per_row * (side + shown * line + 2 * gap)
+        image = open_photo(photo)
+        image = image.resize([max(1, round(v * side / max(image.size))) for v in image.size], Image.Resampling.BICUBIC)
+        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+        for k, label in enumerate(np.argsort(-scores[n], kind="stable")[:shown]):
+            top, bright = y + side + 5 + k * line, int(label) in tags[n]
+            canvas.rectangle([x, top + 2, x + side - 1, top + line - 4], fill=(42, 45, 52))
+            canvas.rectangle([x, top + 2, x + max(1, round(float(scores[n, label]) * (side - 1))), top + line - 4], fill=(38, 118, 92) if bright else (70, 74, 82))
+            ink = (255, 255, 255) if bright else (165, 168, 175)
+            canvas.text((x + 6, top + 1), names[label][:26], font=font, fill=ink)
+            canvas.text((x + side - 40, top + 1), f"{100 * float(scores[n, label]):.0f} %", font=font, fill=ink)
+    from io import BytesIO
+    stream = BytesIO()
+    sheet.save(stream, "PNG")
+    write_atomically(path, stream.getvalue())
+    return Path(path)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# bash run_all.sh demo    sets up what is missing, trains RP on the built-in scenes, prints the table, tags pictures
+# bash run_all.sh test    sets up what is missing, runs the test suite
+# An active virtual environment is used as it is; otherwise .venv is made here. pip's own settings (PIP_INDEX_URL,
+# PIP_EXTRA_INDEX_URL, pip.conf) decide where packages come from.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() { sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; }
+
+set_up() {
+    if [ -z "${VIRTUAL_ENV:-}" ]; then
+        if [ ! -x .venv/bin/python ]; then
+            "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
+            echo "making .venv" >&2
+            "${PYTHON:-python3}" -m venv .venv || { echo "cannot make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+        fi
+        export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
+    fi
+    # a torch that is already there stays: only an environment that lacks something is touched
+    if ! python -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "torchvision", "open_clip", "sklearn", "PIL", "safetensors", "tqdm", "pytest")))'; then
+        echo "installing requirements.txt (on Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA packages)" >&2
+        python -m pip install --disable-pip-version-check -q -r requirements.txt || { echo "installing failed: see pip's message above" >&2; exit 2; }
+    fi
+}
+
+case "${1:-}" in
+    demo)
+        set_up
+        python scenes.py draw runs/demo/pictures --count 12 >&2
+        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output runs/demo/rp
+        python adapter_rp.py --checkpoint runs/demo/rp/checkpoint.safetensors --predict runs/demo/pictures --output runs/demo/rp > runs/demo/rp/predictions.jsonl
+        echo
+        echo "picture: runs/demo/rp/predictions.png   (12 test pictures with what the adapter says of them)"
+        echo "as JSON: runs/demo/rp/predictions.jsonl   everything else: runs/demo/rp/metrics.json"
+        ;;
+    test)
+        set_up
+        shift
+        python -m pytest -q -rs tests "$@"
+        ;;
+    "" | -h | --help | help) usage ;;
+    *) echo "run_all.sh: unknown command '$1'" >&2; usage >&2; exit 2 ;;
+esac
