@@ -53,6 +53,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,6 +132,9 @@ class Config:
 # which settings change what is learnt or scored; the others may differ when a finished run is asked for again
 RESULT_SETTINGS = [f.name for f in dataclasses.fields(Config) if f.name not in (
     "data_root", "download", "gpu", "cpu", "workers", "cache", "output", "overwrite", "eval_only", "checkpoint", "predict", "threshold", "top_k", "quiet")]
+
+
+RESUME_SECONDS = 5  # an interrupted training loses at most this much, and the epoch it was in
 
 
 class Diverged(Exception):
@@ -471,7 +475,7 @@ def train(config, inputs, device, output):
         if not math.isfinite(total):
             raise Diverged(f"training diverged in epoch {epoch + 1} (loss {total}); lower --lr (now {config.lr:g})")
         bar.set_postfix(loss=f"{total:.3f}")
-        if time.time() - saved > 5 and epoch + 1 < config.epochs:
+        if time.time() - saved > RESUME_SECONDS and epoch + 1 < config.epochs:
             save_resume(resume, config, adapter, optimiser, log)
             saved = time.time()
     if not all(bool(p.isfinite().all()) for p in adapter.parameters()):
@@ -493,7 +497,6 @@ def settings_of(config):
 
 
 def save_resume(path, config, adapter, optimiser, log):
-    from io import BytesIO
     stream = BytesIO()
     torch.save({"settings": settings_of(config), "adapter": adapter.state_dict(), "optimiser": optimiser.state_dict(), "log": log}, stream)
     data.write_atomically(path, stream.getvalue())

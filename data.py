@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -653,24 +654,24 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
     scores: [N, C] in 0..1; tags: list of N lists of label indices; at most `limit` photos are drawn. -> Path
     """
     photos, shown = photos[:limit], min(4, len(names))
-    side, line, gap = 260, 22, 12
+    side, line, gap, title = 260, 22, 12, 20
     rows = -(-len(photos) // per_row)
     columns = min(per_row, len(photos))
-    sheet = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (side + shown * line + 2 * gap)), (24, 26, 30))
-    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    sheet = Image.new("RGB", (gap + columns * (side + gap), gap + rows * (side + title + shown * line + gap)), (24, 26, 30))
+    canvas, font, small = ImageDraw.Draw(sheet), ImageFont.load_default(15), ImageFont.load_default(11)
     for n, photo in enumerate(photos):
-        x, y = gap + n % per_row * (side + gap), gap + n // per_row * (side + shown * line + 2 * gap)
+        x, y = gap + n % per_row * (side + gap), gap + n // per_row * (side + title + shown * line + gap)
         image = open_photo(photo)
         image = image.resize([max(1, round(v * side / max(image.size))) for v in image.size], Image.Resampling.BICUBIC)
         sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+        canvas.text((x, y + side + 3), photo.name[-44:] if isinstance(photo, Path) else " ".join(map(str, photo)), font=small, fill=(120, 124, 132))
         for k, label in enumerate(np.argsort(-scores[n], kind="stable")[:shown]):
-            top, bright = y + side + 5 + k * line, int(label) in tags[n]
+            top, bright = y + side + title + k * line, int(label) in tags[n]
             canvas.rectangle([x, top + 2, x + side - 1, top + line - 4], fill=(42, 45, 52))
             canvas.rectangle([x, top + 2, x + max(1, round(float(scores[n, label]) * (side - 1))), top + line - 4], fill=(38, 118, 92) if bright else (70, 74, 82))
             ink = (255, 255, 255) if bright else (165, 168, 175)
             canvas.text((x + 6, top + 1), names[label][:26], font=font, fill=ink)
             canvas.text((x + side - 40, top + 1), f"{100 * float(scores[n, label]):.0f} %", font=font, fill=ink)
-    from io import BytesIO
     stream = BytesIO()
     sheet.save(stream, "PNG")
     write_atomically(path, stream.getvalue())

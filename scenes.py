@@ -263,7 +263,7 @@ CLIP_CONFIG = {
 }
 
 
-def train(output, pictures=24000, steps=3600, batch_size=128, lr=1.5e-3, seed=0):
+def train(output, pictures=24000, steps=5000, batch_size=128, lr=1.5e-3, seed=0):
     """Train the tiny CLIP with open_clip's own model, tokenizer and contrastive loss; write a checkpoint of at most 3 MB.
 
     Only the rows of the token embedding that captions, label descriptions and prompts can reach are trained and stored; data.load_clip
@@ -331,7 +331,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     train_parser = commands.add_parser("train", help="train the tiny CLIP", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     train_parser.add_argument("--output", type=Path, default=CHECKPOINT)
-    for name, default in (("pictures", 24000), ("steps", 3600), ("batch-size", 128), ("seed", 0)):
+    for name, default in (("pictures", 24000), ("steps", 5000), ("batch-size", 128), ("seed", 0)):
         train_parser.add_argument(f"--{name}", type=int, default=default)
     train_parser.add_argument("--lr", type=float, default=1.5e-3)
     draw_parser = commands.add_parser("draw", help="write test pictures as PNG files", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
