@@ -48,7 +48,9 @@ import hashlib
 import json
 import math
 import platform
+import os
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -67,7 +69,6 @@ from tqdm import tqdm
 
 import data
 import metrics
-import scenes
 from data import UsageError, say
 
 
@@ -131,10 +132,14 @@ class Config:
 
 # which settings change what is learnt or scored; the others may differ when a finished run is asked for again
 RESULT_SETTINGS = [f.name for f in dataclasses.fields(Config) if f.name not in (
-    "data_root", "download", "gpu", "cpu", "workers", "cache", "output", "overwrite", "eval_only", "checkpoint", "predict", "threshold", "top_k", "quiet")]
+    "download", "gpu", "cpu", "workers", "cache", "output", "overwrite", "eval_only", "checkpoint", "predict", "threshold", "top_k", "quiet")]
 
 
-RESUME_SECONDS = 5  # an interrupted training loses at most this much, and the epoch it was in
+RESUME_SECONDS = float(os.environ.get("RESUME_SECONDS", 5))  # an interrupted training loses at most this much, and the epoch it was in
+
+
+TRAINING_SETTINGS = ("noise_law", "normalize", "adapter", "hidden", "head", "loss", "gamma_neg", "gamma_pos", "clip", "margin", "lr", "weight_decay", "epochs", "batch_size",
+                     "impl", "precision")
 
 
 class Diverged(Exception):
@@ -366,18 +371,17 @@ class _ClassifierLoss(torch.autograd.Function):
             if needed[0]:
                 d_hidden.baddbmm_(z, weight[:, part], alpha=1 / batch)
             if needed[1]:
-                block = torch.bmm(z.mT, hidden)
-                torch.mul(block, 1 / batch, out=d_weight[:, part])
+                torch.mul(torch.bmm(z.mT, hidden), 1 / batch, out=d_weight[:, part])
             if needed[2]:
                 d_bias[:, part] = z.sum(1) / batch
-        ctx.gradients = (d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)  # released before they are accumulated, so autograd takes them without a copy
         return total / batch
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         unit = grad.item() == 1  # the usual case: spare a pass over the largest tensor
-        return *(g if g is None or unit else g * grad for g in ctx.gradients), None, None, None, None, None
+        return *(g if g is None or unit else g * grad for g in ctx.saved_tensors), None, None, None, None, None
 
 
 def classifier_loss_fused(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0):
@@ -432,7 +436,9 @@ def train(config, inputs, device, output):
     x_all, y_all = prepared(config, inputs.text_embeddings).to(device), inputs.text_labels.to(device)
     held = torch.zeros(len(x_all), dtype=torch.bool)
     if config.held_out_text:
-        held[torch.randperm(len(x_all), generator=torch.Generator().manual_seed(0))[:max(1, round(config.held_out_text * len(x_all)))]] = True
+        if len(x_all) < 2:
+            raise UsageError("--held-out-text needs at least two texts")
+        held[torch.randperm(len(x_all), generator=torch.Generator().manual_seed(0))[:min(len(x_all) - 1, max(1, round(config.held_out_text * len(x_all))))]] = True
     x_held, y_held = x_all[held.to(device)], y_all[held.to(device)]
     x_all, y_all = x_all[~held.to(device)], y_all[~held.to(device)]
     count, width = x_all.shape
@@ -443,16 +449,16 @@ def train(config, inputs, device, output):
         cosine = (F.normalize(x_all[:1000], dim=-1) @ F.normalize(labels, dim=-1).T).mean()
         adapter.bias.data.fill_(math.log(0.1 / 0.9) - 20 * cosine)  # mean probability 0.1 at the start
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=config.impl == "fused")
-    sigma = torch.tensor(strengths, dtype=x_all.dtype, device=device)[:, None, None]                 # [K, 1, 1]
+    sigma = strengths[0] if len(strengths) == 1 else torch.tensor(strengths, dtype=x_all.dtype, device=device)[:, None, None]  # [K, 1, 1]
     steps = -(-count // config.batch_size)
 
     def draw(seed, epoch, on):
         return torch.Generator(on).manual_seed(seed * 100_003 + epoch + 1)
 
-    resume, first, log = output / "resume.pt", 0, []
+    resume, first, log, settings = output / "resume.pt", 0, [], settings_of(config)
     if resume.is_file():
-        first, log = load_resume(resume, config, adapter, optimiser)
-    saved = time.time()
+        first, log = load_resume(resume, settings, adapter, optimiser)
+    save_at = time.time() + RESUME_SECONDS
     bar = tqdm(range(first, config.epochs), initial=first, total=config.epochs, desc="training", unit="epoch", disable=config.quiet or not sys.stderr.isatty())
     for epoch in bar:
         orders = [torch.randperm(count, generator=draw(seed, epoch, "cpu")).to(device) for seed in seeds]
@@ -465,8 +471,8 @@ def train(config, inputs, device, output):
             x = torch.cat([perturb(x_all[row][None], sigma, config.noise_law, mean_norm, generator)           # [K, B, D] a seed
                            for row, generator in zip(rows, generators)])                                      # [R, B, D]
             targets = torch.stack([y_all[row] for row in rows]).repeat_interleave(len(strengths), 0)          # [R, B, C]
-            loss = text_loss(config, adapter, x, targets, labels)
             optimiser.zero_grad()
+            loss = text_loss(config, adapter, x, targets, labels)
             loss.backward()
             optimiser.step()
             total += loss.detach()
@@ -475,10 +481,12 @@ def train(config, inputs, device, output):
         if not math.isfinite(total):
             raise Diverged(f"training diverged in epoch {epoch + 1} (loss {total}); lower --lr (now {config.lr:g})")
         bar.set_postfix(loss=f"{total:.3f}")
-        if time.time() - saved > RESUME_SECONDS and epoch + 1 < config.epochs:
-            save_resume(resume, config, adapter, optimiser, log)
-            saved = time.time()
-    if not all(bool(p.isfinite().all()) for p in adapter.parameters()):
+        if time.time() > save_at and epoch + 1 < config.epochs:
+            began = time.time()
+            save_resume(resume, settings, adapter, optimiser, log)
+            save_at = time.time() + max(RESUME_SECONDS, 20 * (time.time() - began))
+    finite = all(bool(logits.isfinite().all()) for logits in all_logits(adapter, x_all[:512], labels))
+    if not finite or not all(bool(p.isfinite().all()) for p in adapter.parameters()):
         raise Diverged(f"training diverged in the last epoch; lower --lr (now {config.lr:g})")
     data.write_atomically(output / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     held_out = None
@@ -493,29 +501,30 @@ def settings_of(config):
     for name in ("features", "texts", "captions", "labels", "pretrained"):
         if values[name] and Path(values[name]).is_file():
             values[name + "_hash"] = hashlib.blake2b(Path(values[name]).read_bytes(), digest_size=8).hexdigest()
+    if config.dataset == "scenes" and not config.features:
+        values["scenes_hash"] = data.scenes_digest()
     return json.dumps(values, sort_keys=True)
 
 
-def save_resume(path, config, adapter, optimiser, log):
+def save_resume(path, settings, adapter, optimiser, log):
     stream = BytesIO()
-    torch.save({"settings": settings_of(config), "adapter": adapter.state_dict(), "optimiser": optimiser.state_dict(), "log": log}, stream)
+    torch.save({"settings": settings, "adapter": adapter.state_dict(), "optimiser": optimiser.state_dict(), "log": log}, stream)
     data.write_atomically(path, stream.getvalue())
 
 
-def load_resume(path, config, adapter, optimiser):
-    """-> (epochs done, log). A file of other settings, or one that cannot be read, is set aside with one line."""
+def load_resume(path, settings, adapter, optimiser):
+    """-> (epochs done, log). A file of other settings, or one that cannot be read, is renamed to *.old with one line."""
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-        if state["settings"] != settings_of(config):
+        if state["settings"] != settings:
             raise ValueError("it belongs to other settings")
         adapter.load_state_dict(state["adapter"])
         optimiser.load_state_dict(state["optimiser"])
-        for group in optimiser.param_groups:
-            group["fused"] = config.impl == "fused"
     except Exception as error:  # a damaged archive fails in many ways inside torch
-        say(f"{path}: not resumed ({str(error).splitlines()[0][:120]}); training starts anew")
+        os.replace(path, f"{path}.old")
+        say(f"{path}: not resumed ({str(error).splitlines()[0][:120]}), kept as {path.name}.old; training starts anew")
         return 0, []
-    say(f"going on after epoch {len(state['log'])} of {config.epochs}")
+    say(f"going on after epoch {len(state['log'])}")
     return len(state["log"]), state["log"]
 
 
@@ -525,18 +534,8 @@ def load_resume(path, config, adapter, optimiser):
 def all_logits(adapter, x, label_embeddings, rows=8192):
     """Logits of the same embeddings [N, D] for every run, one run at a time -> iterator over [N, C]"""
     for run in range(len(adapter.w2)):
-        single = one_run(adapter, run)
-        yield torch.cat([single(part[None], label_embeddings)[0] for part in x.split(rows)])
-
-
-def one_run(adapter, run):
-    """The adapter of one run, as a module of its own (shares memory)."""
-    single = Adapter.__new__(Adapter)
-    nn.Module.__init__(single)
-    single.kind, single.head = adapter.kind, adapter.head
-    for name, parameter in adapter.named_parameters():
-        single.register_parameter(name, nn.Parameter(parameter.detach()[run:run + 1]))
-    return single
+        parameters = {name: parameter[run:run + 1] for name, parameter in adapter.named_parameters()}
+        yield torch.cat([torch.func.functional_call(adapter, parameters, (part[None], label_embeddings))[0] for part in x.split(rows)])
 
 
 def zero_shot(image_embeddings, label_embeddings):
@@ -555,10 +554,12 @@ def mixed_scores(config, logits, image_embeddings, label_embeddings):
 
 
 def evaluate(config, adapter, inputs, device):
-    """Scores every run on the test photos -> (list of dicts by run, zero-shot mAP, per-class list of the first run's setting)"""
+    """Scores every run on the test photos -> (list of dicts by run, zero-shot mAP, per-class AP [R, C])"""
     images, labels = inputs.image_embeddings.to(device), inputs.label_embeddings.to(device)
     truth, results, per_class = inputs.image_labels, [], []
     for logits in all_logits(adapter, prepared(config, images), labels):
+        if not logits.isfinite().all():
+            raise Diverged("the adapter's logits on the test photos are not finite; lower --lr")
         scores = mixed_scores(config, logits.double(), images.double(), labels.double()).cpu().numpy()
         # a sigmoid rounds large logits to ties: rank by the logits themselves where nothing is mixed in
         ranks = scores if config.zero_shot_weight else logits.cpu().numpy()
@@ -597,7 +598,7 @@ def names_of(config):
         return data.read_labels(config.labels)
     if config.features:
         return data.load_features(config.features)["label_names"]
-    return list(scenes.NAMES if config.dataset == "scenes" else data.VOC_NAMES)
+    return list(data.DATASET_NAMES[config.dataset])
 
 
 def open_clip_of(config, device):
@@ -620,8 +621,11 @@ def load_inputs(config, clip, names, with_texts=True):
         return Inputs(names, torch.from_numpy(arrays["label_embeddings"][columns]), torch.from_numpy(arrays["text_embeddings"][:config.limit][usable]),
                       torch.from_numpy(text_labels[usable]), torch.from_numpy(arrays["image_embeddings"][:config.limit]),
                       arrays["image_labels"][:config.limit, columns], "embeddings in " + Path(config.features).name, "features", "embeddings file", "labels of -1 ignored")
+    own = list(data.DATASET_NAMES[config.dataset])
+    photos = None  # looked for first: missing data is said before minutes are spent on texts
+    if set(names) <= set(own):
+        photos = data.load_photos(config.dataset, config.data_root, "test", config.limit, config.difficult, config.download)
     label_embeddings = data.embed_texts(clip, [f"a photo of a {name}." for name in names], config.cache)
-    own = list(scenes.NAMES if config.dataset == "scenes" else data.VOC_NAMES)
     text_embeddings = text_labels = None
     texts_from = "none"
     if with_texts:
@@ -631,23 +635,15 @@ def load_inputs(config, clip, names, with_texts=True):
         elif config.captions:
             texts, labels = data.read_captions(config.captions, names, data.synonyms_of(names, config.dataset))
             texts_from = Path(config.captions).name
-        elif config.dataset == "scenes" and set(names) <= set(own):
-            texts, labels = scenes.sentences(config.text_count, 0)
-            labels = labels[:, [own.index(name) for name in names]].astype(np.int8)
-            texts, labels = [text for text, row in zip(texts, labels) if row.any()], labels[labels.any(1)]
-            texts_from = "sentences of the scenes grammar"
         else:
-            texts, labels = data.template_texts(names, config.text_count, 0)
-            texts_from = "template sentences"
-            say(f"no --texts or --captions: training on {config.text_count} template sentences (written by a fixed pattern, not by a language model)")
+            texts, labels, texts_from = data.default_texts(config.dataset, names, config.text_count)
         never = [name for name, seen in zip(names, (labels == 1).any(0)) if not seen]
         if never:
             say(f"no training text has the label{'s' if len(never) > 1 else ''} {', '.join(never[:10])}: nothing can be learnt about {'them' if len(never) > 1 else 'it'}")
         text_embeddings, text_labels = data.embed_texts(clip, texts[:config.limit], config.cache), torch.from_numpy(labels[:config.limit])
     image_embeddings = image_labels = None
     policy = "no test photos: the dataset does not know these labels"
-    if set(names) <= set(own):
-        photos = data.load_photos(config.dataset, config.data_root, "test", config.limit, config.difficult, config.download)
+    if photos is not None:
         image_embeddings, kept = data.embed_photos(clip, photos.photos, config.cache, workers=config.workers, quiet=config.quiet)
         image_labels = photos.labels[kept][:, [own.index(name) for name in names]]
         policy = f"{photos.policy}; {len(photos.photos) - len(kept)} unreadable photos left out"
@@ -674,7 +670,9 @@ def load_checkpoint(config, path):
     if metadata.get("method") != "rp":
         raise UsageError(f"checkpoint {path}: not written by adapter_rp.py")
     settings, names = json.loads(metadata["settings"]), json.loads(metadata["names"])
-    config = dataclasses.replace(config, **{name: settings[name] for name in ("adapter", "head", "hidden", "normalize")})
+    # how it was trained is the checkpoint's to say; the flags say what it is used on
+    config = dataclasses.replace(config, **{name: settings[name] for name in TRAINING_SETTINGS}, seed=(settings["seed"][0],), noise_std=(settings["noise_std"][0],),
+                                 zero_shot_weight=config.zero_shot_weight or settings["zero_shot_weight"])
     for name in ("backbone", "pretrained", "resolution"):
         if getattr(config, name) is None:
             config = dataclasses.replace(config, **{name: settings[name]})
@@ -712,7 +710,7 @@ def spread(values):
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-def record(config, argv, inputs, results, zero_shot_map, per_class, held_out, seconds, device):
+def record(config, argv, inputs, results, zero_shot_map, per_class, held_out, seconds, device, settings):
     """The content of metrics.json: everything a reader needs to trace the number."""
     runs = [{"seed": seed, "noise_std": std} for seed in config.seed for std in config.noise_std]
     for n, run in enumerate(runs):
@@ -725,11 +723,11 @@ def record(config, argv, inputs, results, zero_shot_map, per_class, held_out, se
                for c, name in enumerate(inputs.names)] if results else []
     return {
         "method": "rp", "dataset": Path(config.features).stem if config.features else config.dataset, "backbone": inputs.encoder, "impl": config.impl,
-        "command": " ".join(["python", "adapter_rp.py", *argv]), "commit": commit(), "seconds": round(seconds, 2), "mAP": mean, "mAP_std": std,
+        "command": shlex.join(["python", "adapter_rp.py", *argv]), "commit": commit(), "seconds": round(seconds, 2), "mAP": mean, "mAP_std": std,
         "zero_shot_mAP": zero_shot_map, "seeds": list(config.seed), "runs": runs, "per_class": classes, "policy": inputs.policy, "texts": inputs.texts_from,
         "text_count": 0 if inputs.text_embeddings is None else len(inputs.text_embeddings),
         "photo_count": 0 if inputs.image_embeddings is None else len(inputs.image_embeddings), "label_count": len(inputs.names),
-        "config": dataclasses.asdict(config), "settings": settings_of(config), "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "config": dataclasses.asdict(config), "settings": settings, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
@@ -742,7 +740,8 @@ def table(result):
     lines = [f"{result['dataset']}: {result['photo_count']:,} test photos, {result['label_count']} labels; {result['backbone']}; {trained}; {len(result['seeds'])} seed{'s' if len(result['seeds']) > 1 else ''}",
              "", f"{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}" + (f"{'text mAP %':>12}" if "held_out_text_mAP" in result["runs"][0] else "")]
     if result["zero_shot_mAP"] is None:
-        return lines[0] + "\n(no test photos for these labels: nothing to score)"
+        held_out = [run["held_out_text_mAP"] for run in result["runs"] if "held_out_text_mAP" in run]
+        return lines[0] + "\n(no test photos for these labels: nothing to score)" + (f"\nmAP on held-out text: {np.mean(held_out):.2f}" if held_out else "")
     lines.append(f"{'zero-shot CLIP (cosine)' if result['config']['features'] is None else 'zero-shot (cosine)':<34}{result['zero_shot_mAP']:8.2f}")
     for strength in strengths:
         chosen = [run for run in result["runs"] if run["noise_std"] == strength]
@@ -778,7 +777,8 @@ def parse(argv):
             (config.limit is not None and config.limit < 1, "--limit must be 1 or more"),
             (config.top_k is not None and config.top_k < 1, "--top-k must be 1 or more"),
             (not 0 <= config.zero_shot_weight <= 1 or not 0 <= config.held_out_text < 1 or not 0 <= config.clip < 1, "--zero-shot-weight, --held-out-text and --clip must lie in 0..1"),
-            (min(config.gamma_neg, config.gamma_pos) < 0 or config.hidden <= 0 or not config.lr > 0, "--gamma-neg and --gamma-pos must be 0 or more, --hidden and --lr above 0"),
+            (not all(0 <= value < math.inf for value in (config.gamma_neg, config.gamma_pos, config.weight_decay, config.margin)) or not 0 < config.hidden < math.inf or not 0 < config.lr < math.inf,
+             "--gamma-neg, --gamma-pos, --margin and --weight-decay must be 0 or more, --hidden and --lr above 0"),
             (config.eval_only and not config.checkpoint, "--eval-only needs --checkpoint FILE"),
             (bool(config.features) and bool(config.predict), "--features holds embeddings, not an encoder: photos cannot be tagged with it; leave --predict or --features out"),
             (bool(config.texts) and bool(config.captions), "--texts and --captions exclude each other; give one"),
@@ -789,7 +789,7 @@ def parse(argv):
 
 
 def finished(config, output):
-    """The result of the same run, done before, or None. A finished run with other settings is never overwritten silently."""
+    """The result of the same run, done before, or None. A finished run with other settings is never overwritten: UsageError, or make_room."""
     path = output / "metrics.json"
     if not path.is_file() or config.overwrite:
         return None
@@ -798,10 +798,21 @@ def finished(config, output):
         return result
     if config.output:
         raise UsageError(f"{output} holds a finished run with other settings; choose another --output, or add --overwrite")
+    return None
+
+
+def make_room(config, output):
+    """Just before training: --overwrite drops the finished result; in the default folder a run with other settings moves aside."""
+    if not (output / "metrics.json").is_file():
+        return
+    if config.overwrite:
+        for name in ("metrics.json", "resume.pt"):
+            (output / name).unlink(missing_ok=True)
+        return
     number = next(n for n in range(1, 10 ** 6) if not output.with_name(f"{output.name}-{n}").exists())
     output.rename(output.with_name(f"{output.name}-{number}"))
+    output.mkdir()
     say(f"{output} held a run with other settings: it is now {output}-{number}")
-    return None
 
 
 def check_writable(output):
@@ -817,7 +828,7 @@ def main(argv):
     began = time.time()
     config = parse(argv)
     device = data.choose_device(config.gpu, config.cpu)
-    output = Path(config.output or f"runs/rp/{Path(config.features or config.labels or config.dataset).stem}")
+    output = Path(config.output or f"runs/rp/{Path(config.features).stem if config.features else config.dataset}")
     if config.predict:
         for path in config.predict:
             data.list_photos(path)
@@ -825,18 +836,17 @@ def main(argv):
         use_checkpoint(config, argv, device, output, began)
         return
     result = finished(config, output)
-    check_writable(output)
+    if result is None or config.predict:
+        check_writable(output)
     names = names_of(config)
     clip = None
     if result is None:
         clip = None if config.features else open_clip_of(config, device)
         inputs = load_inputs(config, clip, names)
-        if config.overwrite:
-            for name in ("metrics.json", "resume.pt"):
-                (output / name).unlink(missing_ok=True)
+        make_room(config, output)
         adapter, held_out = train(config, inputs, device, output)
         results, zero_shot_map, per_class = evaluate(config, adapter, inputs, device) if inputs.image_embeddings is not None else (None, None, None)
-        result = record(config, argv, inputs, results, zero_shot_map, per_class, held_out, time.time() - began, device)
+        result = record(config, argv, inputs, results, zero_shot_map, per_class, held_out, time.time() - began, device, settings_of(config))
         save_checkpoint(config, adapter, inputs, output / "checkpoint.safetensors")
         data.write_json(output / "metrics.json", result)
         (output / "resume.pt").unlink(missing_ok=True)
@@ -861,14 +871,15 @@ def use_checkpoint(config, argv, device, output, began):
     check_fits(path, metadata, names, config.head, "features" if config.features else clip.key, config.features or clip.name)
     adapter = adapter.to(device)
     if config.eval_only:
-        config = dataclasses.replace(config, seed=(json.loads(metadata["settings"])["seed"][0],), noise_std=(json.loads(metadata["settings"])["noise_std"][0],))
         inputs = load_inputs(config, clip, names, with_texts=False)._replace(text_embeddings=None)
         if inputs.image_embeddings is None:
             raise UsageError(f"--eval-only: {config.dataset} has no ground truth for all of these labels; --predict tags photos with them")
+        if given and (output / "metrics.json").is_file() and not config.overwrite:
+            raise UsageError(f"{output} holds a finished run; choose another --output, or add --overwrite")
         if inputs.image_embeddings.shape[1] != metadata["width"]:
             raise UsageError(f"checkpoint {path}: made for embeddings of width {metadata['width']}, not {inputs.image_embeddings.shape[1]}")
         results, zero_shot_map, per_class = evaluate(config, adapter, inputs, device)
-        result = record(config, argv, inputs, results, zero_shot_map, per_class, None, time.time() - began, device)
+        result = record(config, argv, inputs, results, zero_shot_map, per_class, None, time.time() - began, device, f"evaluation of {path}: {metadata['settings']}")
         if given:
             check_writable(output)
             data.write_json(output / "metrics.json", result)
@@ -878,8 +889,10 @@ def use_checkpoint(config, argv, device, output, began):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # photo names of any bytes, labels of any script
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
     except UsageError as error:
         say(f"adapter_rp.py: {error}")
         sys.exit(2)
@@ -889,5 +902,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         say("adapter_rp.py: interrupted; the same command goes on from the last saved epoch")
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    except BrokenPipeError:  # | head: nothing more is wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

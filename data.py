@@ -142,17 +142,20 @@ def match_nouns(texts, names, synonyms=None):
     "hot dog" is no dog where "hot dog" is known. -> int8 [N, C]
     """
     synonyms = synonyms or {}
-    table = {form.casefold(): None for phrase in synonyms.get("", []) for form in _forms(phrase)}
-    for column, name in enumerate(names):
-        for phrase in [name, *synonyms.get(name, [])]:
-            for form in _forms(phrase.casefold()):
+    def plain(phrase):  # hyphens and runs of spaces are all one space
+        return re.sub(r"[\s-]+", " ", phrase.casefold())
+
+    table = {}
+    for column, phrases in [*((c, [name, *synonyms.get(name, [])]) for c, name in enumerate(names)), (None, synonyms.get("", []))]:
+        for phrase in phrases:
+            for form in _forms(plain(phrase)):
                 table.setdefault(form, column)
     longest_first = sorted(table, key=len, reverse=True)
-    pattern = re.compile(r"(?<!\w)(?:" + "|".join(r"[\s-]+".join(re.escape(word) for word in re.split(r"[\s-]+", form)) for form in longest_first) + r")(?!\w)")
+    pattern = re.compile(r"(?<!\w)(?:" + "|".join(r"[\s-]+".join(map(re.escape, form.split(" "))) for form in longest_first) + r")(?!\w)")
     labels = np.zeros((len(texts), len(names)), np.int8)
     for row, text in enumerate(texts):
         for match in pattern.finditer(text.casefold()):
-            column = table.get(match.group(), table.get(re.sub(r"[\s-]+", " ", match.group())))
+            column = table[plain(match.group())]
             if column is not None:
                 labels[row, column] = 1
     return labels
@@ -166,7 +169,7 @@ def read_texts(path, names):
     """
     column = {name: index for index, name in enumerate(names)}
     texts, rows, unlabelled = [], [], []
-    for number, line in enumerate(read_text(path, "text file").splitlines(), 1):
+    for number, line in enumerate(read_text(path, "text file").split("\n"), 1):  # splitlines would cut at U+2028 too
         if not line.strip():
             continue
         where = f"text file {path}, line {number}"
@@ -180,7 +183,7 @@ def read_texts(path, names):
             unlabelled.append(number)
             continue
         for label in entry["labels"]:
-            if label not in column:
+            if not isinstance(label, str) or label not in column:
                 near = difflib.get_close_matches(str(label), names, 1)
                 raise UsageError(f"{where}: label '{label}' is not in the label list{f' (did you mean {near[0]}?)' if near else ''}; "
                                  "use the label file that the texts were made for")
@@ -199,7 +202,7 @@ def read_texts(path, names):
 def read_captions(path, names, synonyms=None):
     """Training texts from captions: COCO's captions_*.json, or one caption a line; labels by match_nouns; captions that name no label
     are left out. -> (list of str, int8 [N, C]). Raises UsageError if none is left."""
-    if str(path).endswith(".json"):
+    if str(path).removesuffix(".gz").endswith(".json"):
         content = read_json(path, "caption file")
         try:
             texts = [entry["caption"].strip() for entry in content["annotations"]]
@@ -236,6 +239,17 @@ def template_texts(names, count, seed):
 
 # --- photos and datasets ----------------------------------------------------------------------------------------------
 
+def default_texts(dataset, names, count):
+    """Texts for when the person brings none -> (list of str, int8 [N, C], what they are). The scenes grammar where it knows every label,
+    template sentences elsewhere."""
+    if dataset == "scenes" and set(names) <= set(scenes.NAMES):
+        texts, labels = scenes.sentences(count, 0)
+        labels = labels[:, [scenes.NAMES.index(name) for name in names]].astype(np.int8)
+        return [text for text, row in zip(texts, labels) if row.any()], labels[labels.any(1)], "sentences of the scenes grammar"
+    say(f"no --texts or --captions: training on {count} template sentences (written by a fixed pattern, not by a language model)")
+    return *template_texts(names, count, 0), "template sentences"
+
+
 class LabelledPhotos(NamedTuple):
     photos: list        # paths, or (split, index) for pictures of scenes
     labels: np.ndarray  # int8 [N, C]
@@ -250,7 +264,8 @@ def list_photos(path):
         return [path]
     if not path.is_dir():
         raise UsageError(f"photos {path}: no such file or folder")
-    photos = sorted(p for p in path.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file() and not p.name.startswith("."))
+    photos = sorted(p for p in path.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES and p.is_file()
+                    and not any(part.startswith(".") for part in p.relative_to(path).parts))
     if not photos:
         raise UsageError(f"photos {path}: no photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})")
     return photos
@@ -266,6 +281,7 @@ def open_photo(photo):
 
 VOC_NAMES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
              "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
+DATASET_NAMES = {"scenes": scenes.NAMES, "voc2007": VOC_NAMES}
 VOC_TREE = "VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}"
 
 
@@ -319,7 +335,8 @@ def load_photos(dataset, root, split, limit=None, difficult="ignore", download=F
         count = min(limit or 2000, 2000)
         labels = np.stack([scenes.labels_of(split, index) for index in range(count)]).astype(np.int8)
         return LabelledPhotos([(split, index) for index in range(count)], labels, list(scenes.NAMES), "all things drawn are labelled, hidden ones too")
-    if download and not (Path(root) / "VOCdevkit" / "VOC2007" / "ImageSets").is_dir():
+    sets = Path(root) / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    if download and not ((sets / "trainval.txt").is_file() and (sets / "test.txt").is_file()):
         download_voc2007(root)
     photos, labels, names, policy = voc2007(root, {"train": "trainval", "test": "test"}[split], difficult)
     return LabelledPhotos(photos[:limit], labels[:limit], names, policy)
@@ -344,9 +361,10 @@ def load_features(path):
     if missing:
         raise UsageError(f"features file {path}: lacks {', '.join(missing)}; it must hold {', '.join(wanted)}")
     names = check_names([str(name) for name in arrays["label_names"].ravel()], f"features file {path}")
-    classes, width = len(names), arrays["text_embeddings"].shape[-1]
-    for name, shape in (("text_embeddings", (None, width)), ("text_labels", (len(arrays["text_embeddings"]), classes)), ("image_embeddings", (None, width)),
-                        ("image_labels", (len(arrays["image_embeddings"]), classes)), ("label_embeddings", (classes, width))):
+    classes, width = len(names), (0, *arrays["text_embeddings"].shape)[-1]
+    texts, images = ((*arrays[name].shape, 0)[0] for name in ("text_embeddings", "image_embeddings"))
+    for name, shape in (("text_embeddings", (None, width)), ("text_labels", (texts, classes)), ("image_embeddings", (None, width)),
+                        ("image_labels", (images, classes)), ("label_embeddings", (classes, width))):
         array = arrays[name]
         if array.ndim != 2 or any(want is not None and want != got for want, got in zip(shape, array.shape)) or not len(array):
             raise UsageError(f"features file {path}: {name} has shape {list(array.shape)}, expected [{shape[0] or 'N'}, {shape[1]}]")
@@ -537,6 +555,11 @@ def _autocast(clip, device):
 
 # --- embeddings, cached -----------------------------------------------------------------------------------------------
 
+def scenes_digest():
+    """Identity of the built-in world: its drawing code and its CLIP's checkpoint."""
+    return scenes.DIGEST + (hashlib.blake2b(scenes.CHECKPOINT.read_bytes(), digest_size=8).hexdigest() if scenes.CHECKPOINT.is_file() else "")
+
+
 BLOCK = 4096  # rows a cache file; an interrupted run loses at most one of them
 
 
@@ -582,12 +605,15 @@ def embed_texts(clip, texts, cache=None, batch_size=256):
 
     for start in range(0, len(texts), BLOCK):
         block = texts[start:start + BLOCK]
-        if clip.known_tokens is not None or any(len(text) > 150 for text in block):
-            for text in block:
-                tokens = clip.tokenizer.encode(text)
-                cut += len(tokens) + 2 > clip.tokenizer.context_length
-                if clip.known_tokens is not None and len(unknown) < 10:
-                    unknown += [w for t in tokens if t not in clip.known_tokens for w in [clip.tokenizer.decode([t]).strip()] if w not in unknown]
+        for text in block:
+            if clip.known_tokens is None and len(text.encode()) + 2 <= clip.tokenizer.context_length:
+                continue  # a token is at least a byte
+            tokens = clip.tokenizer.encode(text)
+            cut += len(tokens) + 2 > clip.tokenizer.context_length
+            for token in tokens:
+                word = clip.tokenizer.decode([token]).strip()
+                if clip.known_tokens is not None and token not in clip.known_tokens and word not in unknown:
+                    unknown.append(word)
         blocks.append(_cached(cache, "texts", [clip.key, *block], compute)["embeddings"])
     if cut:
         say(f"{cut} of {len(texts)} texts are longer than {clip.tokenizer.context_length} tokens and were cut")
@@ -607,8 +633,8 @@ def embed_photos(clip, photos, cache=None, batch_size=64, workers=2, quiet=False
     def load(photo):
         try:
             return clip.preprocess(open_photo(photo))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-            return f"{photo}: {error}"
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            return f"{photo} ({error})"
 
     def compute():
         embeddings, good = torch.full((len(block), width), float("nan")), torch.zeros(len(block), dtype=torch.bool)
@@ -628,7 +654,7 @@ def embed_photos(clip, photos, cache=None, batch_size=64, workers=2, quiet=False
             return f"{photo} {scenes.DIGEST}"
         try:
             status = os.stat(photo)
-            return f"{os.path.abspath(photo)} {status.st_size} {status.st_mtime_ns}"
+            return f"{os.path.abspath(photo)} {status.st_size} {status.st_mtime_ns} {os.access(photo, os.R_OK)}"
         except OSError:
             return f"{photo} missing"
 
@@ -640,7 +666,7 @@ def embed_photos(clip, photos, cache=None, batch_size=64, workers=2, quiet=False
     embeddings, good = torch.cat([part["embeddings"] for part in parts]), torch.cat([part["good"] for part in parts])
     bad = [str(photo) for photo, fine in zip(photos, good.tolist()) if not fine]
     if bad:
-        say(f"{len(bad)} of {len(photos)} photos could not be read and were skipped: {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
+        say(f"{len(bad)} of {len(photos)} photos could not be read and were skipped: {', '.join(bad[:20])}{' ...' if len(bad) > 20 else ''}")
     if len(bad) == len(photos):
         raise UsageError("no photo could be read; check the files named above")
     return embeddings[good], good.nonzero()[:, 0].numpy()

@@ -1,4 +1,4 @@
-"""Metrics of multi-label recognition, vectorised over classes; scikit-learn is the oracle in the tests.
+"""Metrics of multi-label recognition for many classes at once; scikit-learn is the oracle in the tests.
 
 N images, C labels. Scores are any real numbers for average precision, probabilities for the F1 family. Labels are 1 present,
 0 absent, -1 ignored (left out of that class only). Fractions in average_precision, percent everywhere else.
@@ -35,7 +35,8 @@ def average_precision(scores, labels, interpolated=False):
     Returns float64 [C], fractions; nan where a class has no positive. Raises ValueError on other shapes, values or scores that
     are not finite.
 
-    AP = 1/P sum over positives i of  #(positives >= s_i) / #(all >= s_i), both counts by bisection in sorted scores.
+    AP = 1/P sum over positives i of  #(positives >= s_i) / #(all >= s_i). A block of classes is sorted at once (values only, which is
+    what takes the time); then each class's few positives are found in it by bisection.
     """
     scores, labels = _check(scores, labels)
     count, classes = scores.shape
@@ -78,8 +79,8 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
 
     scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores >= threshold, or, if top_k is given, the top_k highest
     of each image (ties: the lower label index first). Ignored entries count nowhere.
-    Returns dict CP CR CF1 OP OR OF1. CP: mean over classes of TP/(TP+FP), 0 where nothing is predicted; CR: mean of TP/(TP+FN) over
-    the classes with a positive; CP is taken over those same classes. CF1: harmonic mean of CP and CR. OP, OR, OF1: of the sums.
+    Returns dict CP CR CF1 OP OR OF1. CP: mean over classes of TP/(TP+FP), 0 where nothing is predicted; CR: mean of TP/(TP+FN), over
+    the classes with a positive. Classes ignored everywhere are left out. CF1: harmonic mean of CP and CR. OP, OR, OF1: of the sums.
     Raises ValueError on bad shapes or values, or top_k outside 1..C.
     """
     scores, labels = _check(scores, labels)
@@ -95,7 +96,8 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     claimed = (predicted & (labels >= 0)).sum(0).astype(np.float64)
     present = (labels == 1).sum(0).astype(np.float64)
     defined = present > 0
-    CP = float((hit / np.maximum(claimed, 1))[defined].mean()) if defined.any() else float("nan")
+    known = (labels >= 0).any(0)
+    CP = float((hit / np.maximum(claimed, 1))[known].mean()) if known.any() else float("nan")
     CR = float((hit / np.maximum(present, 1))[defined].mean()) if defined.any() else float("nan")
     OP = float(hit.sum() / claimed.sum()) if claimed.sum() else 0.0
     OR = float(hit.sum() / present.sum()) if present.sum() else float("nan")

@@ -13,14 +13,17 @@ set_up() {
         if [ ! -x .venv/bin/python ]; then
             "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
             echo "making .venv" >&2
-            "${PYTHON:-python3}" -m venv .venv || { echo "cannot make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+            "${PYTHON:-python3}" -m venv .venv || { rm -rf .venv; echo "cannot make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
         fi
         export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
     fi
     # a torch that is already there stays: only an environment that lacks something is touched
     if ! python -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "torchvision", "open_clip", "sklearn", "PIL", "safetensors", "tqdm", "pytest")))'; then
         echo "installing requirements.txt (on Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA packages)" >&2
-        python -m pip install --disable-pip-version-check -q -r requirements.txt || { echo "installing failed: see pip's message above" >&2; exit 2; }
+        local pins='.'
+        if python -c 'import torch, importlib.util as u, sys; sys.exit(u.find_spec("torchvision") is None)' 2> /dev/null; then pins='^(torch|torchvision)=='; fi
+        { if [ "$pins" = . ]; then cat requirements.txt; else grep -vE "$pins" requirements.txt; fi; } > "$VIRTUAL_ENV/requirements.txt"
+        python -m pip install --disable-pip-version-check -q -r "$VIRTUAL_ENV/requirements.txt" || { echo "installing failed: see pip's message above" >&2; exit 2; }
     fi
 }
 
@@ -28,7 +31,7 @@ case "${1:-}" in
     demo)
         set_up
         python scenes.py draw runs/demo/pictures --count 12 >&2
-        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output runs/demo/rp
+        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output runs/demo/rp --overwrite
         python adapter_rp.py --checkpoint runs/demo/rp/checkpoint.safetensors --predict runs/demo/pictures --output runs/demo/rp > runs/demo/rp/predictions.jsonl
         echo
         echo "picture: runs/demo/rp/predictions.png   (12 test pictures with what the adapter says of them)"

@@ -1,7 +1,7 @@
 """scenes: a small drawn world, so that every command of this project works offline, in minutes, on two CPU cores.
 
 Eighteen everyday things are drawn with Pillow, one to five in a picture, with co-occurrence (boats at sea, cups in rooms),
-look-alikes (sun, moon, ball and apple are all round), occlusion, clutter and noise. A grammar writes captions as people do:
+look-alikes (sun, ball, apple and balloon are all round), occlusion, clutter and noise. A grammar writes captions as people do:
 often naming only some of the things, in varied words. A tiny CLIP (open_clip's own classes, tokenizer and loss) is trained
 on such pairs by `python scenes.py train`; its checkpoint ships in assets/. It is toy data: it shows mechanisms, it
 proves nothing about photographs, and no number made with it compares with a paper's.
@@ -275,6 +275,8 @@ def train(output, pictures=24000, steps=5000, batch_size=128, lr=1.5e-3, seed=0)
 
     import data
     open_clip = data.import_open_clip()
+    data.write_atomically(Path(output).with_suffix(".log"), "")  # an output that cannot be written is known now, not at the end
+    Path(output).with_suffix(".log").unlink()
     torch.manual_seed(seed)
     tokenizer = open_clip.SimpleTokenizer(context_length=CLIP_CONFIG["text_cfg"]["context_length"])
     descriptions = json.loads((CHECKPOINT.parent / "descriptions" / "scenes.json").read_text())["descriptions"]
@@ -341,7 +343,10 @@ def main(argv=None):
     if args.command == "train":
         train(args.output, args.pictures, args.steps, args.batch_size, args.lr, args.seed)
     else:
-        args.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            args.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"scenes.py: cannot make the folder {args.folder} ({error.strerror})")
         for index in range(args.count):
             picture("test", index)[0].save(args.folder / f"scene_{index:03d}.png")
         print(f"{args.count} pictures in {args.folder}")

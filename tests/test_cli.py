@@ -1,6 +1,7 @@
 """The real command line: what it learns, what it leaves behind, and one clear line for every mistake."""
 import doctest
 import json
+import os
 import re
 import shlex
 import signal
@@ -52,7 +53,7 @@ def test_real_photos_noise_and_magnitude(command, tmp_path, shared):
     raw, unit = result_of(tmp_path / "raw"), result_of(tmp_path / "unit")
     assert mean_map(raw, 0.15) > mean_map(raw, 0) + 5
     assert mean_map(raw, 0.15) > raw["zero_shot_mAP"] + 2
-    assert mean_map(raw, 0.15) > mean_map(unit, 0.15) + 2
+    assert mean_map(raw, 0.15) > mean_map(unit, 0.15) + 1
 
 
 def test_labels_never_trained_on(command, tmp_path):
@@ -158,9 +159,9 @@ def test_voc2007_real_files_random_weights(command, tmp_path, shared):
 
 def test_interrupt_and_resume(command, cache, tmp_path):
     """Ctrl-C in training, then the same command: the same adapter as an undisturbed run."""
-    words = ["--limit", "1500", "--epochs", "400", "--batch-size", "128"]
+    words = ["--limit", "1500", "--epochs", "200", "--batch-size", "128"]
     full = [sys.executable, str(REPOSITORY / "adapter_rp.py"), *words, "--cpu", "--cache", cache, "--output", str(tmp_path / "stopped")]
-    process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "RESUME_SECONDS": "0.2"})
     deadline = time.time() + 120
     while not (tmp_path / "stopped" / "resume.pt").is_file() and time.time() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -175,17 +176,19 @@ def test_interrupt_and_resume(command, cache, tmp_path):
     for name in one:
         np.testing.assert_allclose(one[name].numpy(), two[name].numpy(), rtol=1e-3, atol=1e-4)
     assert result_of(tmp_path / "stopped")["mAP"] == pytest.approx(result_of(tmp_path / "whole")["mAP"], abs=0.05)
-    assert len((tmp_path / "stopped" / "log.jsonl").read_text().splitlines()) == 400
+    assert len((tmp_path / "stopped" / "log.jsonl").read_text().splitlines()) == 200
 
 
 def test_resume_file_of_another_run_or_damaged(tmp_path, capsys):
-    config = adapter_rp.parse(["--epochs", "2"])
     adapter = adapter_rp.Adapter(4, 2, [0])
     optimiser = adapter_rp.torch.optim.AdamW(adapter.parameters())
-    adapter_rp.save_resume(tmp_path / "r.pt", adapter_rp.parse(["--epochs", "3"]), adapter, optimiser, [])
-    assert adapter_rp.load_resume(tmp_path / "r.pt", config, adapter, optimiser) == (0, [])
+    settings, others = (adapter_rp.settings_of(adapter_rp.parse(["--epochs", epochs])) for epochs in ("2", "3"))
+    adapter_rp.save_resume(tmp_path / "r.pt", settings, adapter, optimiser, [{"epoch": 1}])
+    assert adapter_rp.load_resume(tmp_path / "r.pt", settings, adapter, optimiser) == (1, [{"epoch": 1}])
+    assert adapter_rp.load_resume(tmp_path / "r.pt", others, adapter, optimiser) == (0, [])
+    assert (tmp_path / "r.pt.old").is_file() and not (tmp_path / "r.pt").exists()
     (tmp_path / "r.pt").write_bytes(b"nonsense")
-    assert adapter_rp.load_resume(tmp_path / "r.pt", config, adapter, optimiser) == (0, [])
+    assert adapter_rp.load_resume(tmp_path / "r.pt", settings, adapter, optimiser) == (0, [])
     assert capsys.readouterr().err.count("training starts anew") == 2
 
 
@@ -263,6 +266,8 @@ def test_readme_commands_exist():
     commands = re.findall(r"^\s*(python adapter_rp\.py.*?)(?:\s{2,}.*)?$", (REPOSITORY / "README.md").read_text(), re.M)
     assert len(commands) >= 5
     for line in commands:
+        if line.endswith("--help"):
+            continue
         adapter_rp.parse(shlex.split(line)[2:])
 
 

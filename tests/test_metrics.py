@@ -1,4 +1,4 @@
-"""metrics.py against scikit-learn, against cases worked by hand, and its counted work."""
+"""metrics.py against scikit-learn, against cases worked by hand, and its memory."""
 import tracemalloc
 
 import numpy as np
@@ -87,11 +87,11 @@ def test_f1_equals_sklearn():
 
 def test_f1_by_hand_with_ignored_and_top_k():
     """Two images, three labels; the -1 counts nowhere. Top 1: image 0 -> label 0 (right), image 1 -> label 1 (wrong).
-    Class 0: TP 1, claimed 1, present 1. Class 2: present 1, never claimed. Class 1 has no positive and stays out of CP and CR."""
+    Class 0: TP 1, claimed 1, present 1. Class 1: claimed 1, no positive: precision 0, recall undefined. Class 2: present 1, never claimed."""
     scores, labels = np.array([[0.9, 0.8, 0.1], [0.2, 0.7, 0.6]]), np.array([[1, -1, 0], [0, 0, 1]])
     top = metrics.multilabel_f1(scores, labels, top_k=1)
-    assert top == pytest.approx({"CP": 50, "CR": 50, "CF1": 50, "OP": 50, "OR": 50, "OF1": 50})
-    assert metrics.multilabel_f1(scores, labels, threshold=0.5) == pytest.approx({"CP": 100, "CR": 100, "CF1": 100, "OP": 200 / 3, "OR": 100, "OF1": 80})
+    assert top == pytest.approx({"CP": 100 / 3, "CR": 50, "CF1": 40, "OP": 50, "OR": 50, "OF1": 50})
+    assert metrics.multilabel_f1(scores, labels, threshold=0.5) == pytest.approx({"CP": 200 / 3, "CR": 100, "CF1": 80, "OP": 200 / 3, "OR": 100, "OF1": 80})
 
 
 def test_attribute_metrics_by_hand():
