@@ -353,7 +353,7 @@ def classifier_loss_reference(hidden, weight, bias, targets, gamma_neg=4.0, gamm
 
 
 class _ClassifierLoss(torch.autograd.Function):
-    BLOCK = 2 ** 19  # logits alive at once
+    BLOCK = 2 ** 18  # logits alive at once
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, gamma_neg, gamma_pos, clip, with_gradient):
@@ -470,7 +470,7 @@ def train(config, inputs, device, output):
             rows = [order[step * config.batch_size:(step + 1) * config.batch_size] for order in orders]
             x = torch.cat([perturb(x_all[row][None], sigma, config.noise_law, mean_norm, generator)           # [K, B, D] a seed
                            for row, generator in zip(rows, generators)])                                      # [R, B, D]
-            targets = torch.stack([y_all[row] for row in rows]).repeat_interleave(len(strengths), 0)          # [R, B, C]
+            targets = y_all[torch.stack(rows)][:, None].expand(-1, len(strengths), -1, -1).flatten(0, 1)      # [R, B, C]
             optimiser.zero_grad()
             loss = text_loss(config, adapter, x, targets, labels)
             loss.backward()
@@ -889,6 +889,8 @@ def use_checkpoint(config, argv, device, output, began):
 
 
 if __name__ == "__main__":
+    # the focused loss makes gradients whose squares are below 1e-38; on a CPU such numbers make every step many times slower
+    torch.set_flush_denormal(True)
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # photo names of any bytes, labels of any script
     try:
         main(sys.argv[1:])
