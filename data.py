@@ -222,7 +222,7 @@ def template_texts(names, count, seed):
     """Plain sentences for label sets of 1 to 5 names, every label as often as any other in first place. No language model wrote
     them: they let the tagger run when no text file is given. -> (list of str, int8 [count, C])"""
     rng = np.random.default_rng(seed)
-    openers = ("a photo of", "a picture of", "there is", "we can see", "a photo with", "here is")
+    openers = ("a photo of", "a picture of", "there is", "we see", "a photo with", "here is")
     texts, labels = [], np.zeros((count, len(names)), np.int8)
     for row in range(count):
         if row % len(names) == 0:
