@@ -31,7 +31,7 @@ not at hand. Everything below is ours or taken from the field, and a flag change
     D6  --head per-label         a classifier a label; label-embedding: cosine of the adapted embedding (with a residual
                                  connection) with the label's text embedding, learned scale and bias, open to new labels    [choice]
     D7  --loss asymmetric        gamma- 4, gamma+ 0, clip 0 [author]; bce, ranking with margin 1 [field]
-    D8  --lr 1e-3 --epochs 30    AdamW, weight decay 1e-4, cosine to 0, batch 512; tried on held-out text                   [choice]
+    D8  --lr 1e-3 --epochs 30    AdamW, weight decay 1e-4, cosine to 0, batch 512; starting values, no search                 [choice]
     D9  --zero-shot-weight 0     share of zero-shot CLIP in the score: sigmoid of the cosines standardised over labels      [choice]
     D10 "a photo of a {name}."   the prompt of the zero-shot baseline and of label embeddings                               [field]
 
@@ -171,7 +171,8 @@ def perturb_reference(embeddings, noise_std, law, mean_norm, generator):
 
 
 def perturb_fused(embeddings, noise_std, law, mean_norm, generator):
-    """Same as perturb_reference, same draws. One buffer: noise is drawn into it, scaled and added to in place."""
+    """Same as perturb_reference, same draws. Noise is drawn into one buffer; with one strength it is scaled and added to in place, with several the
+    one draw is broadcast."""
     if law not in ("gaussian", "uniform", "sphere", "none"):
         raise ValueError(f"unknown noise law {law!r}: gaussian, uniform, sphere or none")
     if law == "none":
