@@ -12,6 +12,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -218,6 +220,27 @@ def read_captions(path, names, synonyms=None):
     return [text for text, keep in zip(texts, named) if keep], labels[named]
 
 
+def read_descriptions(path, names):
+    """What each label looks like, one sentence a label: {"descriptions": {name: sentence}} or the inner table alone -> {name: sentence}
+
+    Missing and empty ones are left out and named once (the caller falls back to its template), names that are no label are named once.
+    Raises UsageError for a file of another form, or one that describes none of the labels.
+    """
+    content = read_json(path, "description file")
+    table = content.get("descriptions", content) if isinstance(content, dict) else None
+    if not isinstance(table, dict) or not all(isinstance(v, str) for name, v in table.items() if name in names):
+        raise UsageError(f'description file {path}: must be {{"descriptions": {{label: sentence, ...}}}}')
+    found = {name: " ".join(table[name].split()) for name in names if table.get(name, "").strip()}
+    if not found:
+        raise UsageError(f"description file {path}: describes none of the {len(names)} labels ({', '.join(names[:5])}, ...); check the label names")
+    missing, extra = [name for name in names if name not in found], [str(name) for name in table if name not in names]
+    if missing:
+        say(f"{path}: no description of {', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''} ({len(missing)} of {len(names)} labels); the template stands alone there")
+    if extra:
+        say(f"{path}: {len(extra)} descriptions of other labels not used ({', '.join(extra[:5])}{' ...' if len(extra) > 5 else ''})")
+    return found
+
+
 def template_texts(names, count, seed):
     """Plain sentences for label sets of 1 to 5 names, every label as often as any other in first place. No language model wrote
     them: they let the tagger run when no text file is given. -> (list of str, int8 [count, C])"""
@@ -282,6 +305,7 @@ def open_photo(photo):
 VOC_NAMES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
              "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
 DATASET_NAMES = {"scenes": scenes.NAMES, "voc2007": VOC_NAMES}
+SCENES = {"train": 4000, "test": 2000}  # pictures a split
 VOC_TREE = "VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}"
 
 
@@ -332,7 +356,7 @@ def download_voc2007(root):
 def load_photos(dataset, root, split, limit=None, difficult="ignore", download=False):
     """Labelled photos of a dataset. split: "train" or "test"; limit: only the first ones. -> LabelledPhotos"""
     if dataset == "scenes":
-        count = min(limit or 2000, 2000)
+        count = min(limit or SCENES[split], SCENES[split])
         labels = np.stack([scenes.labels_of(split, index) for index in range(count)]).astype(np.int8)
         return LabelledPhotos([(split, index) for index in range(count)], labels, list(scenes.NAMES), "all things drawn are labelled, hidden ones too")
     sets = Path(root) / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
@@ -492,14 +516,16 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
         if backbone not in supported:
             raise UsageError(f"--backbone {backbone}: not supported; this needs an OpenAI-style ViT or ResNet with CLIP's causal text transformer (ViT-B-16, RN50, ...)")
         pretrained = pretrained or "openai"
-        _check_resolution(open_clip.get_model_config(backbone), resolution)
+        architecture = open_clip.get_model_config(backbone)
+        _check_resolution(architecture, resolution)
+        resnet = not isinstance(architecture["vision_cfg"]["layers"], int)
         path = None if pretrained == "none" else _find_weights(open_clip, backbone, pretrained)
         tag = {} if path is None else open_clip.get_pretrained_cfg(backbone, pretrained)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             logging_level = open_clip.factory.logging.getLogger().level
             open_clip.factory.logging.getLogger().setLevel("ERROR")  # open_clip warns of random weights, which were asked for
-            model = open_clip.create_model(backbone, pretrained=None, load_weights=False, force_quick_gelu=bool(tag.get("quick_gelu")), force_image_size=resolution,
+            model = open_clip.create_model(backbone, pretrained=None, load_weights=False, force_quick_gelu=bool(tag.get("quick_gelu")), force_image_size=None if resnet else resolution,
                                            force_preprocess_cfg={k: v for k, v in tag.items() if k in ("mean", "std", "interpolation", "resize_mode")} or None)
             open_clip.factory.logging.getLogger().setLevel(logging_level)
         if path is not None:
@@ -511,8 +537,11 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
                                  "take the .safetensors that open_clip fetches") from None
             if not tag and "quickgelu" not in backbone:
                 say(f"{path}: if these are OpenAI's weights, use --backbone {backbone}-quickgelu (open_clip's name for their activation)")
+        preprocessing = dict(model.visual.preprocess_cfg)
+        if resnet and resolution:
+            _resize_attention_pool(open_clip, model.visual, resolution)
+            preprocessing["size"] = (resolution, resolution)
         tokenizer = open_clip.get_tokenizer(backbone)
-        preprocessing = model.visual.preprocess_cfg
         preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocessing), is_train=False)
     model.requires_grad_(False).eval()
     digest = hashlib.blake2b(f"{backbone} {precision} {sorted(preprocessing.items())}".encode(), digest_size=16)
@@ -524,10 +553,18 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
 
 def _check_resolution(config, resolution):
     vision = config["vision_cfg"]
-    if resolution and not isinstance(vision["layers"], int) and resolution != vision["image_size"]:
-        raise UsageError(f"--resolution {resolution}: ResNet towers run at their own {vision['image_size']} pixels here; leave the flag out")
-    if resolution and (resolution < 1 or resolution % vision.get("patch_size", 1)):
-        raise UsageError(f"--resolution {resolution}: must be a positive multiple of the patch size {vision.get('patch_size', 1)}")
+    step = vision["patch_size"] if isinstance(vision["layers"], int) else 32
+    if resolution and (resolution < 1 or resolution % step):
+        raise UsageError(f"--resolution {resolution}: must be a positive multiple of {step}, the {'patch size' if isinstance(vision['layers'], int) else 'stride of a ResNet tower'}")
+
+
+def _resize_attention_pool(open_clip, visual, resolution):
+    """A ResNet tower for another resolution: its attention pool's position embeddings interpolated as open_clip does it for a ViT."""
+    grid = (resolution // 32, resolution // 32)
+    state = {"visual.positional_embedding": visual.attnpool.positional_embedding.data}
+    open_clip.model.resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=grid)))
+    visual.attnpool.positional_embedding = torch.nn.Parameter(state["visual.positional_embedding"])
+    visual.image_size = (resolution, resolution)
 
 
 def _scenes_state(pretrained):
@@ -622,54 +659,104 @@ def embed_texts(clip, texts, cache=None, batch_size=256):
     return torch.cat(blocks)
 
 
+def load_photo(clip, photo, augment=None):
+    """The tensor [3, H, W] that CLIP sees of a photo, or a str that says why it cannot be read.
+
+    augment: None for CLIP's own preprocessing (shorter side resized, centre crop); (numpy Generator, smallest share of the area) for a
+    random resized crop, aspect 3/4 to 4/3, and a flip half of the time. CLIP's own mean and standard deviation either way.
+    """
+    try:
+        image = open_photo(photo)
+        if augment is None:
+            return clip.preprocess(image)
+        rng, smallest = augment
+        width, height = image.size
+        area, aspect = width * height * rng.uniform(smallest, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
+        x, y = rng.uniform(0, width - w), rng.uniform(0, height - h)
+        size = clip.model.visual.image_size
+        image = image.resize((size, size) if isinstance(size, int) else tuple(size)[::-1], Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+        if rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        for step in clip.preprocess.transforms[-2:]:  # to tensor, normalise
+            image = step(image)
+        return image
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        return f"{photo} ({error})"
+
+
+def _photo_identity(photo):
+    if isinstance(photo, tuple):
+        return f"{photo} {scenes.DIGEST}"
+    try:
+        status = os.stat(photo)
+        return f"{os.path.abspath(photo)} {status.st_size} {status.st_mtime_ns} {os.access(photo, os.R_OK)}"
+    except OSError:
+        return f"{photo} missing"
+
+
 @torch.no_grad()
-def embed_photos(clip, photos, cache=None, batch_size=64, workers=2, quiet=False):
-    """Global image embeddings, raw. photos: list of paths or scenes' (split, index). A photo that cannot be read is named, and its row
-    left out. -> (float32 [K, D] on the CPU, indices [K] of the photos that were read). Raises UsageError if none was."""
+def _embed(clip, photos, kind, encode, cache, block_size, batch_size, workers, quiet):
+    """encode: images [B, 3, H, W] -> dict of tensors [B, ...]. -> (the same dict over all readable photos, their indices)
+
+    Under torchrun the blocks are divided among the processes of a machine and read back from the cache.
+    """
     device = clip.model.logit_scale.device
-    width = clip.model.text_projection.shape[1]
     bar = tqdm(total=len(photos), desc="embedding photos", unit="photo", disable=quiet or not sys.stderr.isatty())
 
-    def load(photo):
-        try:
-            return clip.preprocess(open_photo(photo))
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            return f"{photo} ({error})"
-
     def compute():
-        embeddings, good = torch.full((len(block), width), float("nan")), torch.zeros(len(block), dtype=torch.bool)
+        tensors, good = {}, torch.zeros(len(block), dtype=torch.bool)
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for at in range(0, len(block), batch_size):
-                loaded = list(pool.map(load, block[at:at + batch_size]))
+                loaded = list(pool.map(lambda photo: load_photo(clip, photo), block[at:at + batch_size]))
                 rows = [at + n for n, image in enumerate(loaded) if not isinstance(image, str)]
                 if rows:
                     with _autocast(clip, device):
-                        embeddings[rows] = clip.model.encode_image(torch.stack([loaded[n - at] for n in rows]).to(device)).float().cpu()
+                        encoded = encode(torch.stack([loaded[n - at] for n in rows]).to(device))
+                    for name, tensor in encoded.items():
+                        tensors.setdefault(name, torch.full((len(block), *tensor.shape[1:]), float("nan"), dtype=tensor.dtype))[rows] = tensor.cpu()
                     good[rows] = True
                 bar.update(len(loaded))
-        return {"embeddings": embeddings, "good": good}
+        return {**tensors, "good": good}
 
-    def identity(photo):
-        if isinstance(photo, tuple):
-            return f"{photo} {scenes.DIGEST}"
-        try:
-            status = os.stat(photo)
-            return f"{os.path.abspath(photo)} {status.st_size} {status.st_mtime_ns} {os.access(photo, os.R_OK)}"
-        except OSError:
-            return f"{photo} missing"
-
+    blocks = [photos[start:start + block_size] for start in range(0, len(photos), block_size)]
+    keys = [[clip.key, *map(_photo_identity, block)] for block in blocks]
+    if torch.distributed.is_initialized() and cache is not None:
+        for number in range(int(os.environ["LOCAL_RANK"]), len(blocks), int(os.environ["LOCAL_WORLD_SIZE"])):
+            block = blocks[number]
+            _cached(cache, kind, keys[number], compute)
+        torch.distributed.barrier()
     parts = []
-    for start in range(0, len(photos), BLOCK):
-        block = photos[start:start + BLOCK]
-        parts.append(_cached(cache, "photos", [clip.key, *map(identity, block)], compute))
+    for block, key in zip(blocks, keys):
+        parts.append(_cached(cache, kind, key, compute))
     bar.close()
-    embeddings, good = torch.cat([part["embeddings"] for part in parts]), torch.cat([part["good"] for part in parts])
+    good = torch.cat([part["good"] for part in parts])
     bad = [str(photo) for photo, fine in zip(photos, good.tolist()) if not fine]
     if bad:
         say(f"{len(bad)} of {len(photos)} photos could not be read and were skipped: {', '.join(bad[:20])}{' ...' if len(bad) > 20 else ''}")
     if len(bad) == len(photos):
         raise UsageError("no photo could be read; check the files named above")
-    return embeddings[good], good.nonzero()[:, 0].numpy()
+    names = [name for name in max(parts, key=len) if name != "good"]
+    return {name: torch.cat([part[name][part["good"]] for part in parts if name in part]) for name in names}, good.nonzero()[:, 0].numpy()
+
+
+def embed_photos(clip, photos, cache=None, batch_size=64, workers=2, quiet=False):
+    """Global image embeddings, raw. photos: list of paths or scenes' (split, index). A photo that cannot be read is named, and its row
+    left out. -> (float32 [K, D] on the CPU, indices [K] of the photos that were read). Raises UsageError if none was."""
+    def encode(images):
+        return {"embeddings": clip.model.encode_image(images).float()}
+    tensors, kept = _embed(clip, photos, "photos", encode, cache, BLOCK, batch_size, workers, quiet)
+    return tensors["embeddings"], kept
+
+
+def embed_regions(clip, photos, image_features, cache=None, batch_size=32, workers=2, quiet=False):
+    """Global and region features, raw. image_features: (image tower, images) -> (x0 [B, D], X [B, M, D]).
+    -> (float32 [K, D], float16 [K, M, D], indices [K] of the photos that were read); otherwise as embed_photos."""
+    def encode(images):
+        embeddings, regions = image_features(clip.model.visual, images)
+        return {"embeddings": embeddings.float(), "regions": regions.half()}
+    tensors, kept = _embed(clip, photos, "regions", encode, cache, BLOCK // 8, batch_size, workers, quiet)
+    return tensors["embeddings"], tensors["regions"], kept
 
 
 # --- contact sheet ----------------------------------------------------------------------------------------------------
