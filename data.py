@@ -305,7 +305,7 @@ def open_photo(photo):
 VOC_NAMES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
              "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
 DATASET_NAMES = {"scenes": scenes.NAMES, "voc2007": VOC_NAMES}
-SCENES = {"train": 4000, "test": 2000}  # pictures a split
+SCENES = {"train": 20000, "test": 2000}  # pictures a split
 VOC_TREE = "VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}"
 
 

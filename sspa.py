@@ -39,7 +39,7 @@ not at hand. Everything below is ours or taken from the field; a flag changes it
     D10 --gamma-neg 2 --gamma-pos 0 --clip 0 --regional-weight 1    asymmetric loss of both branches, summed over labels, averaged over
                                    the batch; prediction: mean of the two sigmoid scores                                            [author]
     D11 --lr 5e-5 --prompt-lr 1e-3 --image-lr-factor 0.1 --weight-decay 1e-4 --ema 0.9997    AdamW, cosine to 0, averaged weights with warm-up
-                                   min(0.9997, (1 + t) / (10 + t)) [author]; --warm-up 0.05 of the steps; on scenes --lr SCENESLR [choice]
+                                   min(0.9997, (1 + t) / (10 + t)) [author]; --warm-up 0.05 of the steps; on scenes --lr 6e-3 [choice]
     D12 --epochs 20 --batch-size 64                                                                                                 [choice]
     D13 --tune-image full --crop-scale 0.5    the figure shows no lock on the image encoder; random resized crops and flips only then; frozen
                                    region features are kept in half precision                                                       [choice]
@@ -47,6 +47,11 @@ not at hand. Everything below is ours or taken from the field; a flag changes it
 
 Plain in both implementations, because nothing was gained: DSF (its prompts are projected once a batch as it is), the quaternion layers after the
 first (all four components vary with image and label), KAP (computed once), the global branch (one product).
+
+>>> import torch, sspa
+>>> label_features, region_features = torch.eye(3)[None], torch.eye(3)[None]
+>>> sspa.soft_aggregate_fused(label_features, region_features, temperature=0.1, scale=20.0).shape
+torch.Size([1, 3])
 """
 import argparse
 import contextlib
@@ -128,7 +133,7 @@ class Config:
     gamma_pos: float = option(0.0, "[author D10] focusing exponent of present labels")
     clip: float = option(0.0, "[author D10] probability subtracted from absent labels")
     regional_weight: float = option(1.0, "[author D10] lambda of L = L_G + lambda L_R")
-    lr: float = option(None, "AdamW, cosine to 0 (default: 5e-5 [author D11]; on scenes 1e-3, for a short training [choice])")
+    lr: float = option(None, "AdamW, cosine to 0 (default: 5e-5 [author D11]; on scenes 6e-3, for a short training [choice])")
     prompt_lr: float = option(1e-3, "[author D11] of the context vectors")
     image_lr_factor: float = option(0.1, "[author D11] times --lr, for a tuned image tower")
     weight_decay: float = option(1e-4, "[author D11]")
@@ -203,14 +208,14 @@ def encode_prompts_reference(model, contexts, tokens):
     model: open_clip's CLIP, its text tower frozen; contexts: [..., L, width], any number of prompt sets; tokens: int [C, 77] of
     "X X X X {name}.", whose positions 1..L are replaced -> [..., C, d]. Every label runs through all 77 positions.
     """
-    sets, length = contexts.flatten(0, -3), contexts.shape[-2]                                    # [P, L, width]
+    sets, length = contexts.reshape(-1, *contexts.shape[-2:]), contexts.shape[-2]                 # [P, L, width]
     words = model.token_embedding(tokens)                                                         # [C, 77, width]
     features = []
     for context in sets:
         x = torch.cat([words[:, :1], context.expand(len(tokens), -1, -1), words[:, 1 + length:]], 1) + model.positional_embedding
         x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
         features.append(x[torch.arange(len(tokens)), tokens.argmax(-1)] @ model.text_projection)  # CLIP pools at the end token
-    return torch.stack(features).unflatten(0, contexts.shape[:-2]) if contexts.ndim > 2 else features[0]
+    return torch.stack(features).reshape(*contexts.shape[:-2], len(tokens), -1)
 
 
 def encode_prompts_fused(model, contexts, tokens):
@@ -290,7 +295,7 @@ def dynamic_semantic_filtering(prompt_features, region_features, weight, bias, s
 # --- SSPA: QSM --------------------------------------------------------------------------------------------------------
 
 def quaternion_linear_reference(x, r_weight, i_weight, j_weight, k_weight, bias=None):
-    """Quaternion linear layer: the Hamilton product of every input quaternion with a quaternion of weights, summed.  [field: pytorch-qnn]
+    """Quaternion linear layer: every input quaternion multiplied by a weight quaternion from the left (Hamilton product), summed.  [field: pytorch-qnn]
 
         y_r = x_r R - x_i I - x_j J - x_k K        y_i = x_r I + x_i R - x_j K + x_k J
         y_j = x_r J + x_i K + x_j R - x_k I        y_k = x_r K - x_i J + x_j I + x_k R
@@ -1279,7 +1284,7 @@ def parse(argv):
             (bool(config.checkpoint) and config.ablate is not None, "--checkpoint trains nothing: leave --ablate out")):
         if bad:
             raise UsageError(message)
-    return dataclasses.replace(config, lr=config.lr or (1e-3 if config.dataset == "scenes" else 5e-5), tune_image=config.tune_image or ("full" if config.ablate is None else "none"))
+    return dataclasses.replace(config, lr=config.lr or (6e-3 if config.dataset == "scenes" else 5e-5), tune_image=config.tune_image or ("full" if config.ablate is None else "none"))
 
 
 def set_up(config):

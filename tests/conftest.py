@@ -30,7 +30,7 @@ def command(cache, tmp_path_factory):
     """command("adapter_rp.py", "--epochs", 3, ...) -> CompletedProcess of the real script, on the CPU, away from the repository."""
     def run(script, *words, expect=0, timeout=300, cwd=None):
         words = [str(word) for word in words]
-        if script == "adapter_rp.py" and "--help" not in words:
+        if script in ("adapter_rp.py", "sspa.py") and "--help" not in words:
             words += ["--cache", cache] + (["--cpu"] if "--gpu" not in words else [])
         result = subprocess.run([sys.executable, str(REPOSITORY / script), *words], capture_output=True, text=True, timeout=timeout,
                                 cwd=cwd or tmp_path_factory.mktemp("cwd"), env={**os.environ, "PYTHONIOENCODING": "utf-8"})

@@ -18,6 +18,7 @@ import adapter_rp
 import data
 import metrics
 import scenes
+import sspa
 from conftest import REPOSITORY
 
 
@@ -229,7 +230,7 @@ def mistakes(tmp_path_factory, scenes_run):
     ("--checkpoint {f}/none.safetensors --eval-only", "cannot be read"), ("--checkpoint {f}/checkpoint.safetensors", "needs --eval-only or --predict"), ("--eval-only", "needs --checkpoint"),
     ("--checkpoint {f}/checkpoint.safetensors --predict {f}/torn.jpg", "no photo could be read"), ("--predict {f}/no_photos", "no photo in this folder"), ("--predict {f}/nowhere", "no such file or folder"),
     ("--output {f}/file", "is a file, not a folder"), ("--output {f}/file/under", "cannot write"), ("--noise-std -1", "0 or more"), ("--noise-std nan", "0 or more"), ("--seed 1 1", "not repeat"),
-    ("--epochs 0", "1 or more"), ("--limit 0", "1 or more"), ("--zero-shot-weight 2", "0..1"), ("--resolution 65", "multiple of the patch size"), ("--lr 0", "above 0")])
+    ("--epochs 0", "1 or more"), ("--limit 0", "1 or more"), ("--zero-shot-weight 2", "0..1"), ("--resolution 65", "multiple of 8, the patch size"), ("--lr 0", "above 0")])
 def test_mistakes_in_one_line(mistakes, words, message, tmp_path, monkeypatch, capsys, cache):
     monkeypatch.chdir(tmp_path)
     words = words.format(f=mistakes).split() + ["--cpu", "--cache", cache]
@@ -255,7 +256,7 @@ def test_help_is_complete(command):
     assert "normalise (if asked), add noise, do not renormalise" in re.sub(r"\s+", " ", shown)
 
 
-@pytest.mark.parametrize("module", [adapter_rp, data, metrics, scenes])
+@pytest.mark.parametrize("module", [adapter_rp, sspa, data, metrics, scenes])
 def test_docstring_examples(module):
     failed, tried = doctest.testmod(module)
     assert tried >= 3 and failed == 0

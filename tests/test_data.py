@@ -215,7 +215,7 @@ def test_clip_refusals(tmp_path, monkeypatch):
             data.load_clip(backbone)
     with pytest.raises(UsageError, match="neither a file nor weights.*laion2b"):
         data.load_clip("ViT-B-32", "laion")
-    with pytest.raises(UsageError, match="multiple of the patch size 32"):
+    with pytest.raises(UsageError, match="multiple of 32, the patch size"):
         data.load_clip("ViT-B-32", "none", resolution=225)
     write(tmp_path / "w.pt", "not weights")
     with pytest.raises(UsageError, match="do not load into ViT-B-32"):
