@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run_all.sh demo    sets up what is missing, trains RP on the built-in scenes, prints the table, tags pictures
+# bash run_all.sh demo    sets up what is missing, trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
 # bash run_all.sh test    sets up what is missing, runs the test suite
 # An active virtual environment is used as it is; otherwise .venv is made here. pip's own settings (PIP_INDEX_URL,
 # PIP_EXTRA_INDEX_URL, pip.conf) decide where packages come from.
@@ -31,11 +31,30 @@ case "${1:-}" in
     demo)
         set_up
         python scenes.py draw runs/demo/pictures --count 12 >&2
-        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output runs/demo/rp --overwrite
+        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output runs/demo/rp --overwrite > /dev/null
         python adapter_rp.py --checkpoint runs/demo/rp/checkpoint.safetensors --predict runs/demo/pictures --output runs/demo/rp > runs/demo/rp/predictions.jsonl
+        python sspa.py --tune-image none --epochs 8 --seed 0 1 --output runs/demo/sspa --overwrite > /dev/null
+        python sspa.py --checkpoint runs/demo/sspa/checkpoint.safetensors --predict runs/demo/pictures --output runs/demo/sspa > runs/demo/sspa/predictions.jsonl
+        python sspa.py --checkpoint runs/demo/sspa/checkpoint.safetensors --explain runs/demo/pictures --output runs/demo/sspa > runs/demo/sspa/explain.txt
+        python - << 'EOF'
+import json
+from statistics import mean, stdev
+
+rp, sspa = (json.load(open(f"runs/demo/{method}/metrics.json")) for method in ("rp", "sspa"))
+def line(name, learnt, runs):
+    scores = [run["mAP"] for run in runs]
+    f1 = "".join(f"{mean(run['threshold_0.5'][kind] for run in runs):8.1f}" for kind in ("CF1", "OF1"))
+    print(f"{name:<28}{learnt:<28}{mean(scores):8.2f} ±{stdev(scores):4.2f}{f1}")
+print(f"\nscenes: {sspa['photo_count']:,} test pictures, {sspa['label_count']} labels, toy CLIP; ± over {len(rp['seeds'])} (RP) and {len(sspa['seeds'])} (SSPA) seeds\n")
+print(f"{'':<28}{'learnt from':<28}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}")
+print(f"{'zero-shot CLIP (cosine)':<28}{'nothing':<28}{sspa['zero_shot_mAP']:8.2f}")
+for std in (0, 0.15):
+    line(f"RP, noise {std}" if std else "RP, no noise", f"{rp['text_count']:,} sentences", [run for run in rp["runs"] if run["noise_std"] == std])
+line("SSPA, image tower frozen", f"{sspa['train_count']:,} labelled pictures", sspa["runs"])
+EOF
         echo
-        echo "picture: runs/demo/rp/predictions.png   (12 test pictures with what the adapter says of them)"
-        echo "as JSON: runs/demo/rp/predictions.jsonl   everything else: runs/demo/rp/metrics.json"
+        echo "pictures: runs/demo/rp/predictions.png, runs/demo/sspa/predictions.png   (12 test pictures with what each method says of them)"
+        echo "          runs/demo/sspa/explain/*.png   (where SSPA saw it)      everything else: runs/demo/{rp,sspa}/metrics.json"
         ;;
     test)
         set_up

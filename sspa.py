@@ -493,25 +493,62 @@ def soft_aggregate_reference(label_features, region_features, temperature, scale
     return scale * (torch.softmax(S / temperature, -1) * S).sum(-1)
 
 
-def _aggregate(S, temperature):
-    """-> (softmax(S / temperature) * S, the softmax itself, its sum s' [..., 1], variance of S under it [..., 1])"""
-    p = torch.softmax(S / temperature, -1)
-    weighted = p * S
-    mean = weighted.sum(-1, keepdim=True)
-    return weighted, p, mean, torch.linalg.vecdot(weighted, S)[..., None] - mean ** 2
-
-
 def _inverse_norm(features):
     return 1 / features.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
-class _SoftAggregate(torch.autograd.Function):
-    """Blocks of samples, and of labels where there are many, so that everything of size C x M stays in the processor's cache. Without targets
-    the result is the logits [B, C]; with targets it is their asymmetric loss, and the gradients are made in the same pass.
+def _aggregate_in_blocks(labels, regions, temperature, scale, needed, slope):
+    """Blocks of samples, and of labels where there are many, so that what has the size of C x M stays in the processor's cache.
 
     With the weighted mean s' = sum_m p S:  d s / d S = scale * p * (1 + (S - s') / temperature),  d s / d temperature = -scale * var_p(S) / temperature^2.
+    labels: [B, C, d]; regions: [B, M, d]; needed: whether labels, regions need a gradient; slope(rows, part, s' of that block [b, c]) -> d loss / d logits
+    of the block, or None where no gradient is wanted -> gradients of labels, regions, temperature, scale, bias
     """
-    BLOCK = 2 ** 18  # entries of S alive at once
+    (batch, classes, _), count = labels.shape, regions.shape[1]
+    d_labels, d_regions = torch.empty_like(labels) if needed[0] else None, torch.empty_like(regions) if needed[1] else None
+    d_temperature, d_scale, d_bias = (labels.new_zeros(()) for _ in range(3))
+    step = max(1, _SoftAggregate.BLOCK // (classes * count))
+    width = classes if step > 1 else max(1, _SoftAggregate.BLOCK // count)
+    for at in range(0, batch, step):
+        rows = slice(at, at + step)
+        x, inverse_x = regions[rows], _inverse_norm(regions[rows]).mT                                       # [b, M, d], [b, 1, M]
+        along_x = torch.zeros_like(inverse_x)
+        if needed[1]:
+            d_regions[rows] = 0
+        for start in range(0, classes, width):
+            part = slice(start, start + width)
+            t, inverse_t = labels[rows, part], _inverse_norm(labels[rows, part])                            # [b, c, d], [b, c, 1]
+            S = (t @ x.mT).mul_(inverse_t / temperature).mul_(inverse_x)                                    # cosines in units of the temperature
+            p = torch.softmax(S, -1)
+            weighted = p * S
+            mean = weighted.sum(-1, keepdim=True)
+            dz = slope(rows, part, mean[..., 0] * temperature)
+            if dz is None:
+                continue
+            dz = dz[..., None]
+            variance = torch.linalg.vecdot(weighted, S)[..., None] - mean ** 2
+            d_bias += dz.sum()
+            d_scale += (dz * mean).sum() * temperature
+            dz = dz * scale                                                                                 # d loss / d s'
+            d_temperature -= (dz * variance).sum()
+            if not any(needed[:2]):
+                continue
+            dS = p.mul_(dz * (1 - mean)).addcmul_(weighted, dz)                                             # dz p (1 + S - mean)
+            along_x += torch.linalg.vecdot(dS, S, dim=1)[:, None]                                           # sum over C of dS S
+            dS.mul_(inverse_t).mul_(inverse_x)
+            if needed[0]:  # through the norm: minus the part along the feature itself, whose length is the sum over M of dS S
+                out = torch.mul(t, dz * (mean + variance) * -temperature * inverse_t ** 2, out=d_labels[rows, part])
+                out.baddbmm_(dS, x)
+            if needed[1]:
+                d_regions[rows].baddbmm_(dS.mT, t)
+        if needed[1]:
+            d_regions[rows].addcmul_(x, (along_x * inverse_x ** 2).mT * temperature, value=-1)
+    return d_labels, d_regions, d_temperature, d_scale, d_bias
+
+
+class _SoftAggregate(torch.autograd.Function):
+    """Without targets the logits [B, C]; with targets their asymmetric loss, whose gradients are made in the same pass."""
+    BLOCK = 2 ** 19  # entries of S alive at once
 
     @staticmethod
     def forward(ctx, labels, regions, temperature, scale, bias, targets, exponents, with_gradient):
@@ -519,57 +556,22 @@ class _SoftAggregate(torch.autograd.Function):
         temperature, scale, bias = (torch.as_tensor(v, dtype=labels.dtype, device=labels.device) for v in (temperature, scale, bias))
         ctx.needed = [with_gradient and need for need in ctx.needs_input_grad[:5]]
         if targets is None:
-            ctx.save_for_backward(labels, regions, temperature, scale)
             z = torch.empty(batch, classes, dtype=labels.dtype, device=labels.device)
-            for rows, part, S, _, _ in _SoftAggregate.blocks(labels, regions):
-                z[rows, part] = _aggregate(S, temperature)[2][..., 0]
-            return z.mul_(scale).add_(bias)
-        total, gradients = 0.0, _SoftAggregate.buffers(labels, regions, ctx.needed)
-        for rows, part, S, inverse_label, inverse_region in _SoftAggregate.blocks(labels, regions):
-            aggregated = _aggregate(S, temperature)
-            z = (aggregated[2][..., 0] * scale + bias).contiguous()
-            total = total + _asymmetric_in_place(z, targets[rows, part], *exponents)
-            if any(ctx.needed):
-                _SoftAggregate.accumulate(gradients, ctx.needed, labels, regions, rows, part, S, aggregated, inverse_label, inverse_region, z / batch, temperature, scale)
+
+            def logits(rows, part, mean):
+                z[rows, part] = mean * scale + bias
+            _aggregate_in_blocks(labels, regions, temperature, scale, (False, False), logits)
+            ctx.save_for_backward(labels, regions, temperature, scale)
+            return z
+        total = labels.new_zeros(())
+
+        def loss(rows, part, mean):
+            z = (mean * scale + bias).contiguous()
+            total.add_(_asymmetric_in_place(z, targets[rows, part], *exponents))
+            return z.div_(batch) if any(ctx.needed) else None
+        gradients = _aggregate_in_blocks(labels, regions, temperature, scale, ctx.needed, loss)
         ctx.save_for_backward(*gradients)  # released before they are accumulated, so autograd takes them without a copy
         return total / batch
-
-    @staticmethod
-    def blocks(labels, regions):
-        """-> (rows, labels, S of that block, 1 / norms of its labels, 1 / norms of its regions); no normalised copy of the features is made"""
-        (batch, classes, _), count = labels.shape, regions.shape[1]
-        step = max(1, _SoftAggregate.BLOCK // (classes * count))
-        for at in range(0, batch, step):
-            rows, inverse_region = slice(at, at + step), _inverse_norm(regions[at:at + step]).mT            # [b, 1, M]
-            width = classes if step > 1 else max(1, _SoftAggregate.BLOCK // count)
-            for start in range(0, classes, width):
-                part = slice(start, start + width)
-                inverse_label = _inverse_norm(labels[rows, part])                                           # [b, c, 1]
-                S = (labels[rows, part] @ regions[rows].mT).mul_(inverse_label).mul_(inverse_region)
-                yield rows, part, S, inverse_label, inverse_region
-
-    @staticmethod
-    def buffers(labels, regions, needed):
-        return [torch.empty_like(labels) if needed[0] else None, torch.zeros_like(regions) if needed[1] else None, labels.new_zeros(()), labels.new_zeros(()), labels.new_zeros(())]
-
-    @staticmethod
-    def accumulate(gradients, needed, labels, regions, rows, part, S, aggregated, inverse_label, inverse_region, dz, temperature, scale):
-        """Adds one block's share of the gradients; dz: d loss / d logits [b, c]."""
-        weighted, p, mean, variance = aggregated
-        dz = dz[..., None] * scale                                                                          # d loss / d s'
-        gradients[2] -= (dz * variance).sum() / temperature ** 2
-        gradients[3] += (dz * mean).sum() / scale
-        gradients[4] += dz.sum() / scale
-        if not (needed[0] or needed[1]):
-            return
-        dS = p.mul_(dz * (1 - mean / temperature)).addcmul_(weighted, dz / temperature)                     # p (1 + (S - s') / temperature)
-        along_label = dz * (mean + variance / temperature) * inverse_label ** 2                             # sum over M of dS S
-        along_region = torch.linalg.vecdot(dS, S, dim=1)[:, None] * inverse_region ** 2                     # sum over C of dS S
-        dS.mul_(inverse_label).mul_(inverse_region)
-        if needed[0]:  # through the norm: minus the part along the feature itself
-            torch.sub(dS @ regions[rows], along_label * labels[rows, part], out=gradients[0][rows, part])
-        if needed[1]:
-            gradients[1][rows] += torch.sub(dS.mT @ labels[rows, part], along_region.mT * regions[rows])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -577,10 +579,7 @@ class _SoftAggregate(torch.autograd.Function):
         if grad.ndim == 0:  # of the loss: made already
             unit = grad.item() == 1
             return *(None if not need else g if unit else g * grad for g, need in zip(ctx.saved_tensors, ctx.needed)), None, None, None
-        labels, regions, temperature, scale = ctx.saved_tensors
-        gradients = _SoftAggregate.buffers(labels, regions, ctx.needed)
-        for rows, part, S, inverse_label, inverse_region in _SoftAggregate.blocks(labels, regions):
-            _SoftAggregate.accumulate(gradients, ctx.needed, labels, regions, rows, part, S, _aggregate(S, temperature), inverse_label, inverse_region, grad[rows, part], temperature, scale)
+        gradients = _aggregate_in_blocks(*ctx.saved_tensors, ctx.needed, lambda rows, part, _: grad[rows, part])
         return *(g if need else None for g, need in zip(gradients, ctx.needed)), None, None, None
 
 
