@@ -429,7 +429,7 @@ class Clip(NamedTuple):
     tokenizer: object       # list of str -> int64 [N, context length]
     preprocess: object      # PIL RGB -> float32 [3, H, W]
     name: str               # for people
-    key: str                # hash of architecture, weights, preprocessing and precision: names the cache
+    key: str                # hash of architecture, weights and preprocessing, then the precision: names the cache
     known_tokens: set       # token ids with trained rows; None: all of them
     precision: str
 
@@ -544,11 +544,11 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
         tokenizer = open_clip.get_tokenizer(backbone)
         preprocess = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocessing), is_train=False)
     model.requires_grad_(False).eval()
-    digest = hashlib.blake2b(f"{backbone} {precision} {sorted(preprocessing.items())}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{backbone} {sorted(preprocessing.items())}".encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     name = backbone if backbone == "scenes" else f"{backbone} ({pretrained})"
-    return Clip(model.to(device), tokenizer, preprocess, name, digest.hexdigest(), known_tokens, precision)
+    return Clip(model.to(device), tokenizer, preprocess, name, f"{digest.hexdigest()}-{precision}", known_tokens, precision)
 
 
 def _check_resolution(config, resolution):
@@ -603,7 +603,7 @@ BLOCK = 4096  # rows a cache file; an interrupted run loses at most one of them
 def _cached(cache, kind, key_parts, compute):
     """compute() -> dict of tensors, kept in <cache>/<kind>-<hash of key_parts>.safetensors. Written atomically, so two runs at once or
     a killed one leave only whole files; a file that cannot be read is made anew; a cache that cannot be written is done without."""
-    if cache is None:
+    if not cache:
         return compute()
     digest = hashlib.blake2b("\0".join(key_parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
     path = Path(cache) / f"{kind}-{digest}.safetensors"
@@ -721,7 +721,7 @@ def _embed(clip, photos, kind, encode, cache, block_size, batch_size, workers, q
 
     blocks = [photos[start:start + block_size] for start in range(0, len(photos), block_size)]
     keys = [[clip.key, *map(_photo_identity, block)] for block in blocks]
-    if torch.distributed.is_initialized() and cache is not None:
+    if torch.distributed.is_initialized() and cache:
         for number in range(int(os.environ["LOCAL_RANK"]), len(blocks), int(os.environ["LOCAL_WORLD_SIZE"])):
             block = blocks[number]
             _cached(cache, kind, keys[number], compute)

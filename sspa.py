@@ -31,18 +31,23 @@ not at hand. Everything below is ours or taken from the field; a flag changes it
     D4  --attention-scale 10       DSF and GDMA take softmax(scale * q k) of unit features, scale learned; 0: 1 / sqrt(d), nearly flat [choice]
     D5  --projection-init identity their projections start as the identity, single head (no flag for more), no bias but DSF's       [choice]
     D6  --quaternion-layers 2 --quaternion-hidden 1 --quaternion-activation relu --quaternion-axes kcg --quaternion-readout concat
-                                   Q = 0 + T_ka i + T_ca j + x0 k [figure], zero real part [field]; a mapping and a layer, ReLU on each
+                                   Q = 0 + T_ka i + T_ca j + x0 k: three axes [figure], zero real part [field], this order; a mapping and a layer, ReLU on each
                                    component apart, width d a component, the last layer's components of d / 4 concatenated          [choice]
-    D7  gated_alignment_*          g = sigmoid(W_q q + W_a a + b) for every channel, q + g a; --no-gate leaves it out               [choice]
+    D7  gated_alignment_*          g = sigmoid(W_q q + W_a a + b) for every channel, q + g a; the gate starts half open (matrices uniform
+                                   in +-1/sqrt(d), b = 0); --no-gate leaves it out                                                  [choice]
     D8  --temperature 0.1          of the soft aggregator, in units of the cosine, fixed; its form [field]                          [choice]
-    D9  --scale 20 --prior 0.1     each branch's logit is scale * cosine + bias, learned; mean probability 0.1 at the start         [choice]
-    D10 --gamma-neg 2 --gamma-pos 0 --clip 0 --regional-weight 1    asymmetric loss of both branches, summed over labels, averaged over
-                                   the batch; prediction: mean of the two sigmoid scores                                            [author]
-    D11 --lr 5e-5 --prompt-lr 1e-3 --image-lr-factor 0.1 --weight-decay 1e-4 --ema 0.9997    AdamW, cosine to 0, averaged weights with warm-up
-                                   min(0.9997, (1 + t) / (10 + t)) [author]; --warm-up 0.05 of the steps; on scenes --lr 6e-3 [choice]
-    D12 --epochs 20 --batch-size 64                                                                                                 [choice]
-    D13 --tune-image full --crop-scale 0.5    the figure shows no lock on the image encoder; random resized crops and flips only then; frozen
-                                   region features are kept in half precision                                                       [choice]
+    D9  --scale 20 --prior 0.1     each branch's logit is scale * cosine + bias, learned; the bias starts where the sigmoid of the
+                                   mean logit of the first 64 photos is 0.1                                                         [choice]
+    D10 --gamma-neg 2 --gamma-pos 0 --clip 0 --regional-weight 1    asymmetric loss with these exponents on both branches, their mean as the
+                                   prediction [author]; differentiated through its weights, summed over labels, averaged over the batch;
+                                   sigmoid scores [choice]
+    D11 --lr 5e-5 --image-lr-factor 0.1 --weight-decay 1e-4 --ema 0.9997    AdamW, averaged weights [author]; --prompt-lr 1e-3, cosine to 0 after
+                                   --warm-up 0.05 of the steps, warm-up of the average min(0.9997, (1 + t) / (10 + t)), one weight decay for
+                                   all tensors, learned scales and biases at --lr; on scenes --lr 6e-3                              [choice]
+    D12 --epochs 20 --batch-size 64    what does not fill a batch waits for the next epoch's order                                  [choice]
+    D13 --tune-image full --crop-scale 0.5    the figure shows no lock on the image encoder; BatchNorm statistics stay CLIP's; random resized
+                                   crops (aspect 3/4 to 4/3) and flips of every second photo only then; frozen region features are kept in
+                                   half precision                                                                                   [choice]
     D14 unit length                x0, X, T_ka, E_ca, T_ca and T_uf are normalised before DSF, QSM and GDMA; no flag                [choice]
 
 Plain in both implementations, because nothing was gained: DSF (its prompts are projected once a batch as it is), the quaternion layers after the
@@ -67,6 +72,7 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -117,10 +123,10 @@ class Config:
     projection_init: str = option("identity", "[choice D5] of the q, k, v projections of DSF and GDMA", choices=("identity", "uniform"))
     no_dsf: bool = option(False, "ablation: the prompts are not filtered by the image")
     fusion: str = option("qsm", "[figure] qsm; ablations: one prompt alone, sum, concat", choices=("qsm", "knowledge", "context", "sum", "concat"))
-    quaternion_layers: int = option(2, "[choice D6]")
+    quaternion_layers: int = option(2, "[choice D6] of QSM, the mapping among them")
     quaternion_hidden: float = option(1.0, "[choice D6] width of a component in units of d")
     quaternion_activation: str = option("relu", "[choice D6] on every component apart", choices=("relu", "gelu", "tanh"))
-    quaternion_axes: str = option("kcg", "[figure] which of knowledge, context, global image feature lies on i, j, k", choices=("kcg", "kgc", "ckg", "cgk", "gkc", "gck"))
+    quaternion_axes: str = option("kcg", "[choice D6] which of knowledge, context, global image feature lies on i, j, k", choices=("kcg", "kgc", "ckg", "cgk", "gkc", "gck"))
     quaternion_readout: str = option("concat", "[choice D6] the last layer emits four components of d / 4, concatenated, or of d, averaged", choices=("concat", "mean"))
     alignment: str = option("both", "[figure] directions of GDMA; the others are ablations", choices=("both", "v-to-s", "s-to-v", "none"))
     no_gate: bool = option(False, "ablation: GDMA adds its attention output ungated")
@@ -128,18 +134,18 @@ class Config:
     temperature: float = option(0.1, "[choice D8] of the soft aggregator, in units of the cosine")
     branches: str = option("both", "[figure] both; one alone is an ablation", choices=("both", "global", "regional"))
     scale: float = option(20.0, "[choice D9] both branches' logits are scale * cosine + bias, learned; this at the start")
-    prior: float = option(0.1, "[choice D9] mean probability at the start, which sets the biases")
+    prior: float = option(0.1, "[choice D9] sigmoid of the mean logit at the start, which sets the biases")
     gamma_neg: float = option(2.0, "[author D10] focusing exponent of absent labels")
     gamma_pos: float = option(0.0, "[author D10] focusing exponent of present labels")
     clip: float = option(0.0, "[author D10] probability subtracted from absent labels")
     regional_weight: float = option(1.0, "[author D10] lambda of L = L_G + lambda L_R")
     lr: float = option(None, "AdamW, cosine to 0 (default: 5e-5 [author D11]; on scenes 6e-3, for a short training [choice])")
-    prompt_lr: float = option(1e-3, "[author D11] of the context vectors")
+    prompt_lr: float = option(1e-3, "[choice D11] of the context vectors")
     image_lr_factor: float = option(0.1, "[author D11] times --lr, for a tuned image tower")
-    weight_decay: float = option(1e-4, "[author D11]")
+    weight_decay: float = option(1e-4, "[author D11] of AdamW")
     warm_up: float = option(0.05, "[choice D11] share of the steps in which the learning rate rises")
     ema: float = option(0.9997, "[author D11] largest decay of the averaged weights, which are the ones evaluated; 0: none")
-    epochs: int = option(20, "[choice D12]")
+    epochs: int = option(20, "[choice D12] passes over the training photos")
     batch_size: int = option(64, "[choice D12] photos an optimiser step, over all processes")
     accumulate: int = option(1, "parts that a batch is worked off in: less memory, the same result")
     crop_scale: float = option(0.5, "[choice D13] smallest share of the area in random crops, with a tuned image tower")
@@ -170,9 +176,13 @@ ABLATIONS = {
     "S-to-V only": {"alignment": "s-to-v"}, "no GDMA": {"alignment": "none"}, "mean aggregator": {"aggregator": "mean"}, "max aggregator": {"aggregator": "max"},
     "global branch only": {"branches": "global"}, "regional branch only": {"branches": "regional"}, "no LLM description": {"no_descriptions": True},
 }
-# which settings may differ when a finished run is asked for again: they change neither what is learnt nor what is scored
+# which settings may differ when a finished run is asked for again: they change what is learnt and scored by rounding at most
 RUNNING_SETTINGS = ("download", "gpu", "cpu", "workers", "cache", "cache_limit", "output", "overwrite", "eval_only", "checkpoint", "predict", "explain", "threshold", "top_k", "quiet")
-RESUME_SECONDS = float(os.environ.get("RESUME_SECONDS", 5))  # an interrupted training loses at most this much, and the epoch it was in
+RESUME_SECONDS = float(os.environ.get("RESUME_SECONDS", 5))  # between saves (longer where saving is slow): what an interrupted training loses, beside the epoch it was in
+
+
+def title(ablation):
+    return "SSPA" if ablation == "none" else ablation
 
 
 class Diverged(Exception):
@@ -410,7 +420,7 @@ def gated_alignment_fused(label_features, region_features, v_to_s=None, s_to_v=N
 # --- SSPA: losses -----------------------------------------------------------------------------------------------------
 
 def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, clip=0.0):
-    """Asymmetric loss, differentiated through its weights too.  [author D11]
+    """Asymmetric loss, differentiated through its weights too.  [exponents: author; the rest: choice D10]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
     logits: [..., B, C]; targets: same shape, 1, 0 or -1 -> scalar. Finite at z = +-1e4.
@@ -638,7 +648,7 @@ class SSPA(nn.Module):
             drawn[:, :len(words)] = words[:config.context_length]
         self.contexts = nn.Parameter(drawn, requires_grad=sets > 0)
         if context_prompts and not config.no_dsf:
-            self.dsf_weight, self.dsf_bias, self.dsf_scale = projection(), nn.Parameter(torch.zeros(d)), attention_scale()
+            self.dsf_weight, self.dsf_bias, self.dsf_log_scale = projection(), nn.Parameter(torch.zeros(d)), attention_scale()
         if regional and config.fusion == "qsm":
             last = d // 4 if config.quaternion_readout == "concat" else d
             if config.quaternion_readout == "concat" and d % 4:
@@ -651,13 +661,13 @@ class SSPA(nn.Module):
             self.concat_weight = uniform(2 * d)
         for name, wanted in (("v_to_s", ("both", "v-to-s")), ("s_to_v", ("both", "s-to-v"))):
             if regional and config.alignment in wanted:
-                weights = {"query": projection(), "key": projection(), "value": projection(), "scale": attention_scale()}
+                weights = {"query": projection(), "key": projection(), "value": projection(), "log_scale": attention_scale()}
                 if not config.no_gate:
                     weights.update(gate_query=uniform(d), gate_attended=uniform(d), gate_bias=nn.Parameter(torch.zeros(d)))
                 setattr(self, name, nn.ParameterDict(weights))
         for branch in ("global", "regional"):
             if config.branches in ("both", branch):
-                self.register_parameter(f"{branch}_scale", nn.Parameter(torch.tensor(math.log(config.scale))))
+                self.register_parameter(f"{branch}_log_scale", nn.Parameter(torch.tensor(math.log(config.scale))))
                 self.register_parameter(f"{branch}_bias", nn.Parameter(torch.tensor(0.0)))
 
     def prompts(self):
@@ -673,7 +683,7 @@ class SSPA(nn.Module):
         """KAP, CAP, DSF, QSM. x0: [B, d]; X: [B, M, d]; E_ca: [C, d] -> (T_uf [B, C, d], DSF's attention [B, C, M] or None)"""
         T_ka, T_ca, attention, fusion = self.knowledge, E_ca, None, self.config.fusion
         if hasattr(self, "dsf_weight"):
-            T_ca, attention = dynamic_semantic_filtering(E_ca, X, self.dsf_weight, self.dsf_bias, self.dsf_scale.exp())
+            T_ca, attention = dynamic_semantic_filtering(E_ca, X, self.dsf_weight, self.dsf_bias, self.dsf_log_scale.exp())
             T_ca = F.normalize(T_ca, dim=-1)                                                               # [B, C, d]
         if fusion == "qsm":
             on_axis = {"k": T_ka, "c": T_ca, "g": x0[:, None]}                                             # [C, d], [B, C, d], [B, 1, d]
@@ -682,13 +692,12 @@ class SSPA(nn.Module):
             for number, layer in enumerate(self.quaternions):
                 x = linear(x, **layer)
                 if number + 1 < len(self.quaternions):
-                    x = getattr(torch, self.config.quaternion_activation)(x) if self.config.quaternion_activation != "gelu" else F.gelu(x)
+                    x = getattr(F, self.config.quaternion_activation)(x)
             T_uf = x if self.config.quaternion_readout == "concat" else x.unflatten(-1, (4, -1)).mean(-2)
         elif fusion == "concat":
             T_uf = torch.cat(torch.broadcast_tensors(T_ka, T_ca), -1) @ self.concat_weight
         else:
-            T_uf = {"knowledge": T_ka, "context": T_ca, "sum": None}[fusion]
-            T_uf = T_ka + T_ca if T_uf is None else T_uf
+            T_uf = T_ka if fusion == "knowledge" else T_ca if fusion == "context" else T_ka + T_ca
         return F.normalize(T_uf, dim=-1).expand(len(x0), -1, -1), attention
 
     def align(self, T_uf, X):
@@ -697,8 +706,7 @@ class SSPA(nn.Module):
             if not hasattr(self, name):
                 return None
             stored = getattr(self, name)
-            return GatedAttention(*(stored[key] if key in stored else None for key in ("query", "key", "value")), stored["scale"].exp(),
-                                  *(stored[key] if key in stored else None for key in ("gate_query", "gate_attended", "gate_bias")))
+            return GatedAttention(stored["query"], stored["key"], stored["value"], stored["log_scale"].exp(), *(stored.get(key) for key in ("gate_query", "gate_attended", "gate_bias")))
         return (gated_alignment_fused if self.fused else gated_alignment_reference)(T_uf, X, weights("v_to_s"), weights("s_to_v"))
 
     def forward(self, features, targets=None, prompts=None, explain=False):
@@ -712,14 +720,14 @@ class SSPA(nn.Module):
         asymmetric_loss = asymmetric_loss_fused if self.fused else asymmetric_loss_reference
         if T_g is not None:
             with torch.autocast(x0.device.type, enabled=False):
-                logits["global"] = self.global_scale.exp() * x0.float() @ T_g.float().T + self.global_bias  # s_G
+                logits["global"] = self.global_log_scale.exp() * x0.float() @ T_g.float().T + self.global_bias  # s_G
                 if targets is not None:
                     losses.append(asymmetric_loss(logits["global"], targets, *exponents))
         if self.config.branches != "global":
             T_uf, filtering = self.split_and_synthesize(x0, X, E_ca)
             T_fn, X_fn, label_gate, region_gate = self.align(T_uf, X)
             with torch.autocast(x0.device.type, enabled=False):
-                T_fn, X_fn, scale, bias = T_fn.float(), X_fn.float(), self.regional_scale.exp(), self.regional_bias
+                T_fn, X_fn, scale, bias = T_fn.float(), X_fn.float(), self.regional_log_scale.exp(), self.regional_bias
                 if targets is not None and self.config.aggregator == "soft":
                     aggregate_loss = soft_aggregate_loss_fused if self.fused else soft_aggregate_loss_reference
                     losses.append(self.config.regional_weight * aggregate_loss(T_fn, X_fn, self.config.temperature, scale, bias, targets, *exponents))
@@ -744,7 +752,7 @@ class SSPA(nn.Module):
 
 
 def branch_scores(prediction):
-    """Mean of the branches' sigmoid scores.  [author]  -> [B, C] in 0..1"""
+    """Mean of the branches' sigmoid scores.  [mean: author; sigmoid: choice D10]  -> [B, C] in 0..1"""
     return torch.stack([torch.sigmoid(z.double()) for z in prediction[:2] if z is not None]).mean(0)
 
 
@@ -787,6 +795,11 @@ def open_clip_of(config, device):
     return data.load_clip(backbone, config.pretrained, device, config.precision, config.resolution)
 
 
+def encoder_of(clip):
+    """The identity of a CLIP whatever its precision: a checkpoint trained on a GPU in bf16 may be used on a CPU in fp32."""
+    return clip.key.split("-")[0]
+
+
 def prompt_inputs(config, clip, names, texts):
     """Tokens of the learnable prompts, T_ka, and the words that contexts start from -> (tokens, knowledge, words)"""
     places, room = " ".join(["X"] * config.context_length), clip.tokenizer.context_length
@@ -802,14 +815,20 @@ def prompt_inputs(config, clip, names, texts):
     return clip.tokenizer(prompts), data.embed_texts(clip, texts, config.cache), words
 
 
+def description_file(config):
+    return config.descriptions or str(data.ASSETS / "descriptions" / f"{config.dataset}.json")
+
+
 def load_inputs(config, clip, names, with_training=True):
     """Photos, their features where the tower is frozen, and everything made of the label names -> Inputs"""
     own = list(data.DATASET_NAMES[config.dataset])
     columns = [own.index(name) for name in names]
-    found = {split: data.load_photos(config.dataset, config.data_root, split, config.limit, config.difficult, config.download and split == "train")
-             for split in (("train", "test") if with_training else ("test",))}
-    path = config.descriptions or data.ASSETS / "descriptions" / f"{config.dataset}.json"
-    descriptions = {} if config.no_descriptions else data.read_descriptions(path, names)
+    if config.download and dist.is_initialized():  # one process of a machine fetches, the others find
+        if os.environ["LOCAL_RANK"] == "0":
+            data.load_photos(config.dataset, config.data_root, "test", config.limit, config.difficult, True)
+        dist.barrier()
+    found = {split: data.load_photos(config.dataset, config.data_root, split, config.limit, config.difficult, config.download) for split in (("train", "test") if with_training else ("test",))}
+    descriptions = {} if config.no_descriptions else data.read_descriptions(description_file(config), names)
     texts = knowledge_texts(clip, names, descriptions, config.knowledge_order)
     tokens, knowledge, words = prompt_inputs(config, clip, names, texts)
     size, tuned = clip.model.visual.image_size, config.tune_image == "full"
@@ -874,7 +893,7 @@ _named_unreadable = set()
 def build(config, clip, inputs, seed, device):
     """A fresh SSPA, its image tower as CLIP has it; requires_grad on what learns."""
     clip.model.requires_grad_(False)
-    model = SSPA(config, clip.model, inputs.tokens, inputs.knowledge, inputs.words, seed).to(device).eval()  # eval: BatchNorm statistics stay CLIP's [author]
+    model = SSPA(config, clip.model, inputs.tokens, inputs.knowledge, inputs.words, seed).to(device).eval()  # eval: BatchNorm statistics stay CLIP's [choice D13]
     if config.tune_image == "full":
         if inputs.tower is not None:
             clip.model.visual.load_state_dict(inputs.tower)
@@ -890,7 +909,7 @@ def autocast(config, device):
 def train(config, clip, inputs, seed, device, output, key):
     """One run -> SSPA with the averaged weights. key: names the run in resume.pt.
 
-    Randomness hangs on the seed, the epoch and the photo alone, so an interrupted training goes on exactly, and several processes (torchrun, PyTorch's
+    Randomness hangs on the seed, the epoch and the photo alone, so an interrupted training goes on where it was, and several processes (torchrun, PyTorch's
     DistributedDataParallel) learn what one would: a batch is the same photos, each process takes its share. Raises Diverged.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -900,10 +919,9 @@ def train(config, clip, inputs, seed, device, output, key):
         raise UsageError(f"a batch of {batch_size} photos cannot be shared by {world} processes; raise --batch-size or lower --nproc_per_node")
     steps = count // batch_size  # the rest of an epoch's order waits for another epoch
     with torch.no_grad(), autocast(config, device):
-        first = next(batches_of(config, clip, inputs.train, [torch.arange(min(64, count))]))[0]
-        start = model(first)
+        start = model(next(batches_of(config, clip, inputs.train, [torch.arange(min(64, count))]))[0])
         for branch, logits in (("global", start.global_logits), ("regional", start.regional_logits)):
-            if logits is not None:  # mean probability --prior at the start
+            if logits is not None:  # [choice D9]
                 getattr(model, f"{branch}_bias").add_(math.log(config.prior / (1 - config.prior)) - logits.mean())
     learned, tower = model.learned(), {id(p) for p in clip.model.visual.parameters()}
     groups = [{"params": [p for name, p in learned.items() if name != "contexts" and id(p) not in tower], "peak": config.lr},
@@ -917,7 +935,7 @@ def train(config, clip, inputs, seed, device, output, key):
         done, log = load_resume(resume, key, learned, averages, optimiser, scaler)
     parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     save_at, total_steps = time.time(), config.epochs * steps
-    bar = tqdm(range(done, config.epochs), initial=done, total=config.epochs, desc=f"training {key[1]}, seed {seed}", unit="epoch", disable=config.quiet or not sys.stderr.isatty())
+    bar = tqdm(range(done, config.epochs), initial=done, total=config.epochs, desc=f"training {title(key[1])}, seed {seed}", unit="epoch", disable=config.quiet or not sys.stderr.isatty())
     for epoch in bar:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch + 1))
         shares = [order[step * batch_size:(step + 1) * batch_size][rank::world] for step in range(steps)]
@@ -943,9 +961,9 @@ def train(config, clip, inputs, seed, device, output, key):
             decay = min(config.ema, (1 + now) / (10 + now))
             with torch.no_grad():
                 torch._foreach_lerp_(list(averages.values()), [p.detach() for p in learned.values()], 1 - decay)
-            if step % 100 == 99 and not math.isfinite(float(total)):
-                break
-        total = torch.as_tensor(total, dtype=torch.float64, device="cpu" if device.type == "cpu" else device) / steps / world
+            if world == 1 and step % 100 == 99 and not math.isfinite(float(total)):
+                break  # several processes find out together, at the end of the epoch
+        total = torch.as_tensor(total, dtype=torch.float64, device=device) / steps / world
         if world > 1:
             dist.all_reduce(total)
         total, finite = float(total), all(bool(p.isfinite().all()) for p in learned.values())
@@ -967,7 +985,7 @@ def train(config, clip, inputs, seed, device, output, key):
 def save_resume(path, key, learned, averages, optimiser, scaler, log):
     stream = BytesIO()
     torch.save({"key": list(key), "learned": {name: p.detach() for name, p in learned.items()}, "averages": averages, "optimiser": optimiser.state_dict(), "scaler": scaler.state_dict(), "log": log}, stream)
-    data.write_atomically(path, stream.getvalue())
+    data.write_atomically(path, stream.getbuffer())
 
 
 def load_resume(path, key, learned, averages, optimiser, scaler):
@@ -976,18 +994,21 @@ def load_resume(path, key, learned, averages, optimiser, scaler):
         state = torch.load(path, weights_only=True, map_location="cpu")
         if state["key"] != list(key):
             raise ValueError("it belongs to other settings")
+        for stored in (state["learned"], state["averages"]):
+            if {name: tensor.shape for name, tensor in stored.items()} != {name: tensor.shape for name, tensor in learned.items()}:
+                raise ValueError("its tensors do not fit")
+        optimiser.load_state_dict(state["optimiser"])
+        scaler.load_state_dict(state["scaler"])
         with torch.no_grad():
             for stored, tensors in ((state["learned"], learned), (state["averages"], averages)):
                 for name, tensor in tensors.items():
                     tensor.copy_(stored[name])
-        optimiser.load_state_dict(state["optimiser"])
-        scaler.load_state_dict(state["scaler"])
     except Exception as error:  # a damaged archive fails in many ways inside torch
         if not dist.is_initialized() or dist.get_rank() == 0:
             os.replace(path, f"{path}.old")
             say(f"{path}: not resumed ({str(error).splitlines()[0][:120]}), kept as {path.name}.old; training starts anew")
         return 0, []
-    say(f"going on after epoch {len(state['log'])} of {key[1]}, seed {key[2]}")
+    say(f"going on after epoch {len(state['log'])} of {title(key[1])}, seed {key[2]}")
     return len(state["log"]), state["log"]
 
 
@@ -999,17 +1020,18 @@ def keep_last_good(config, inputs, clip, model, resume, output):
     with torch.no_grad():
         for name, parameter in model.learned().items():
             parameter.copy_(state["averages"][name])
-    save_checkpoint(config, model, inputs, clip, output / "checkpoint.safetensors")
-    return f"; the weights after epoch {len(state['log'])} are kept in {output / 'checkpoint.safetensors'}"
+    path = output / "last_good.safetensors"
+    save_checkpoint(config, model, inputs, clip, path)
+    return f"; the weights after epoch {len(state['log'])} are kept in {path}"
 
 
 # --- evaluate ---------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def score(config, clip, model, photos, device):
-    """Scores of photos, divided among the processes -> (mean, global, regional scores float64 [N, C] each, readable [N]); a branch that is off is None"""
+    """Photos divided among the processes -> (scores float64 [N, C], global logits, regional logits (None for a branch that is off), readable [N])"""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = list(torch.arange(len(photos.photos))[rank::world].split(64))
+    rows = [part for part in torch.arange(len(photos.photos))[rank::world].split(64) if len(part)]
     table = torch.zeros(len(photos.photos), 3 * photos.labels.shape[1] + 1, dtype=torch.float64, device=device)
     with autocast(config, device):
         prompts = model.prompts()
@@ -1081,9 +1103,9 @@ def explain(config, clip, model, names, device, output):
     it (centre crop), the S-to-V gate averaged over channels, and the V-to-S gates. Each map is stretched between its own lowest and highest value, printed with it.
     """
     paths, font, small = [photo for path in config.explain for photo in data.list_photos(path)], ImageFont.load_default(15), ImageFont.load_default(12)
-    if config.branches == "global":
-        raise UsageError("--explain draws the regional branch, which --branches global leaves out")
-    prompts, drawn = model.prompts(), 0
+    drawn = 0
+    with autocast(config, device):
+        prompts = model.prompts()
     mean, std = (torch.tensor(v)[:, None, None] for v in (clip.preprocess.transforms[-1].mean, clip.preprocess.transforms[-1].std))
     for number, path in enumerate(paths):
         image = data.load_photo(clip, path)
@@ -1143,9 +1165,9 @@ def explain(config, clip, model, names, device, output):
 def settings_of(config):
     """What decides the result: the settings, and the content of the files they name. JSON text."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in RUNNING_SETTINGS}
-    for name in ("labels", "descriptions", "pretrained"):
-        if values[name] and Path(values[name]).is_file():
-            values[name + "_hash"] = hashlib.blake2b(Path(values[name]).read_bytes(), digest_size=8).hexdigest()
+    for name, path in (("labels", config.labels), ("pretrained", config.pretrained), ("descriptions", None if config.no_descriptions else description_file(config))):
+        if path and Path(path).is_file():
+            values[name + "_hash"] = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
     if config.dataset == "scenes":
         values["scenes_hash"] = data.scenes_digest()
     return json.dumps(values, sort_keys=True)
@@ -1154,12 +1176,20 @@ def settings_of(config):
 def save_checkpoint(config, model, inputs, clip, path):
     """The learned tensors; settings, class order, what KAP read of the labels and the encoder's identity in the metadata."""
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.learned().items()}
-    metadata = {"method": "sspa", "names": json.dumps(inputs.names), "texts": json.dumps(inputs.texts), "encoder": clip.name, "encoder_key": clip.key, "settings": settings_of(config)}
+    metadata = {"method": "sspa", "names": json.dumps(inputs.names), "texts": json.dumps(inputs.texts), "encoder": clip.name, "encoder_key": encoder_of(clip), "settings": settings_of(config)}
     data.write_atomically(path, to_safetensors(tensors, metadata))
 
 
-def read_checkpoint(config, path):
-    """-> (tensors, config as it was trained, metadata). Raises UsageError for anything else than a checkpoint of this script."""
+class Checkpoint(NamedTuple):
+    path: str
+    tensors: dict      # the learned tensors
+    names: list        # labels, in their order
+    texts: list        # what KAP read of each
+    settings: dict     # of the run that made it
+
+
+def open_checkpoint(config, path, device, names=None):
+    """-> (config as the checkpoint was trained, clip, Checkpoint). Refused: other labels or another order of them, another encoder. Raises UsageError."""
     try:
         with safe_open(str(path), "pt") as stored:
             metadata = stored.metadata() or {}
@@ -1168,37 +1198,37 @@ def read_checkpoint(config, path):
         raise UsageError(f"checkpoint {path}: cannot be read ({error})") from None
     if metadata.get("method") != "sspa":
         raise UsageError(f"checkpoint {path}: not written by sspa.py")
-    settings = json.loads(metadata["settings"])
+    checkpoint = Checkpoint(path, tensors, json.loads(metadata["names"]), json.loads(metadata["texts"]), json.loads(metadata["settings"]))
+    settings = checkpoint.settings
+    if names is not None and names != checkpoint.names:
+        first = next((f"label {n + 1} is '{a}' there and '{b}' here" for n, (a, b) in enumerate(zip(checkpoint.names, names)) if a != b), f"it has {len(checkpoint.names)} labels, not {len(names)}")
+        raise UsageError(f"checkpoint {path}: trained for other labels or another order of them ({first}); pass --dataset {settings['dataset']} and the label file it was trained with, if any")
     # how it was made is the checkpoint's to say; the flags say what it is used on
     kept = {field.name: settings[field.name] for field in dataclasses.fields(Config) if field.name in settings and field.name not in
             ("dataset", "data_root", "difficult", "limit", "labels", "descriptions", "seed", "ablate", "impl", "precision", "backbone", "pretrained", "resolution")}
-    for name in ("backbone", "pretrained", "resolution", "precision"):
+    if config.backbone is None:
+        kept["backbone"] = settings["backbone"] or ("scenes" if settings["dataset"] == "scenes" else "ViT-B-16")
+    for name in ("pretrained", "resolution"):
         if getattr(config, name) is None:
             kept[name] = settings[name]
-    if config.dataset == "scenes" and kept.get("backbone", config.backbone) is None and settings["dataset"] != "scenes":
-        kept["backbone"] = "ViT-B-16"
-    metadata.update(names=json.loads(metadata["names"]), texts=json.loads(metadata["texts"]))
-    return tensors, dataclasses.replace(config, **kept), metadata
-
-
-def load_checkpoint(config, path, device, names=None):
-    """-> (config, clip, SSPA with the stored weights, label names). Refused: other labels or another order of them, another encoder. Raises UsageError."""
-    tensors, config, metadata = read_checkpoint(config, path)
-    if names is not None and names != metadata["names"]:
-        first = next((f"label {n + 1} is '{a}' there and '{b}' here" for n, (a, b) in enumerate(zip(metadata["names"], names)) if a != b), f"it has {len(metadata['names'])} labels, not {len(names)}")
-        raise UsageError(f"checkpoint {path}: trained for other labels or another order of them ({first}); pass the label file it was trained with, or none")
+    config = dataclasses.replace(config, **kept)
     clip = open_clip_of(config, device)
-    if clip.key != metadata["encoder_key"]:
-        raise UsageError(f"checkpoint {path}: trained on {metadata['encoder']}, not on {clip.name} as it is here; pass the same --backbone, --pretrained, --resolution and --precision")
-    tokens, knowledge, _ = prompt_inputs(config, clip, metadata["names"], metadata["texts"])
-    model = build(config, clip, Inputs(metadata["names"], tokens, metadata["texts"], knowledge, None, None, None, None, None), 0, device)
+    if encoder_of(clip) != metadata["encoder_key"]:
+        raise UsageError(f"checkpoint {path}: trained on {metadata['encoder']}, not on {clip.name} as it is here; pass the same --backbone, --pretrained and --resolution")
+    return config, clip, checkpoint
+
+
+def restore(config, clip, checkpoint, device):
+    """-> SSPA with the checkpoint's weights. A tuned tower changes clip.model: nothing may be embedded and cached with it afterwards."""
+    tokens, knowledge, _ = prompt_inputs(config, clip, checkpoint.names, checkpoint.texts)
+    model = build(config, clip, Inputs(checkpoint.names, tokens, checkpoint.texts, knowledge, None, None, None, None, None), 0, device)
     learned = model.learned()
-    if set(learned) != set(tensors) or any(learned[name].shape != tensor.shape for name, tensor in tensors.items()):
-        raise UsageError(f"checkpoint {path}: its tensors do not fit its settings; it was written by another version of sspa.py")
+    if set(learned) != set(checkpoint.tensors) or any(learned[name].shape != tensor.shape for name, tensor in checkpoint.tensors.items()):
+        raise UsageError(f"checkpoint {checkpoint.path}: its tensors do not fit its settings; it was written by another version of sspa.py")
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in checkpoint.tensors.items():
             learned[name].copy_(tensor)
-    return config, clip, model, metadata["names"]
+    return model
 
 
 def commit():
@@ -1237,15 +1267,18 @@ def record(config, argv, clip, inputs, runs, seconds, device, settings):
 
 def table(result):
     """The result as a person reads it -> str"""
+    def percent(value):
+        return f"{'-' if value is None or math.isnan(value) else format(value, '.2f'):>8}"
+
     config, seeds = result["config"], len(result["seeds"])
     tower = "image tower tuned" if config["tune_image"] == "full" else "image tower frozen"
     trained = f"trained on {result['train_count']:,} labelled photos, {tower}" if result["train_count"] else f"not trained here, {tower}"
     lines = [f"{result['dataset']}: {result['photo_count']:,} test photos, {result['label_count']} labels; {result['backbone']}; {trained}; {seeds} seed{'s' if seeds > 1 else ''}", "",
-             f"{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}", f"{'zero-shot CLIP (cosine)':<34}{result['zero_shot_mAP']:8.2f}"]
+             f"{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}", f"{'zero-shot CLIP (cosine)':<34}{percent(result['zero_shot_mAP'])}"]
     for ablation in dict.fromkeys(run["ablation"] for run in result["runs"]):
         chosen = [run for run in result["runs"] if run["ablation"] == ablation]
-        mean, std = spread([run["mAP"] for run in chosen])
-        lines.append(f"{'SSPA' if ablation == 'none' else '  ' + ablation:<34}{mean:8.2f} ±{std:4.2f}" + "".join(f"{np.mean([run['threshold_0.5'][name] for run in chosen]):8.1f}" for name in ("CF1", "OF1")))
+        mean, std = spread([math.nan if run["mAP"] is None else run["mAP"] for run in chosen])
+        lines.append(f"{title(ablation) if ablation == 'none' else '  ' + ablation:<34}{percent(mean)} ±{std:4.2f}" + "".join(f"{np.mean([run['threshold_0.5'][name] for run in chosen]):8.1f}" for name in ("CF1", "OF1")))
     return "\n".join(lines)
 
 
@@ -1280,6 +1313,7 @@ def parse(argv):
             (not 0 <= config.clip < 1 or not 0 <= config.ema < 1 or not 0 <= config.warm_up <= 1 or not 0 < config.crop_scale <= 1, "--clip and --ema must lie in 0..1 (1 left out), --warm-up in 0..1, --crop-scale above 0 up to 1"),
             (not 0 < config.prompt_lr < math.inf or config.lr is not None and not 0 < config.lr < math.inf, "--lr and --prompt-lr must be above 0"),
             (config.eval_only and not config.checkpoint, "--eval-only needs --checkpoint FILE"),
+            (bool(config.explain) and config.branches == "global", "--explain draws the regional branch, which --branches global leaves out"),
             (bool(config.checkpoint) and config.ablate is not None, "--checkpoint trains nothing: leave --ablate out")):
         if bad:
             raise UsageError(message)
@@ -1293,11 +1327,16 @@ def set_up(config):
     else:
         if config.gpu is not None:
             raise UsageError("--gpu and torchrun exclude each other: torchrun gives every process its own GPU")
+        if not config.cpu and torch.cuda.is_available() and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node or add --cpu")
         device = data.choose_device(None if config.cpu or not torch.cuda.is_available() else int(os.environ["LOCAL_RANK"]), config.cpu)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
-        if dist.get_rank() > 0:  # one voice
+        if dist.get_rank() > 0:  # one voice; what was not foreseen is still heard
+            sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
             sys.stdout = sys.stderr = open(os.devnull, "w")
-    automatic = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    automatic = "fp32" if device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu" and config.precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU; leave it out or pass bf16")
     return dataclasses.replace(config, precision=config.precision or automatic), device
@@ -1318,14 +1357,16 @@ def finished(config, output):
 
 def make_room(config, output):
     """Just before training: --overwrite drops the finished result; in the default folder a run with other settings moves aside."""
+    if not (output / "metrics.json").is_file():
+        return
     if config.overwrite:
         for name in ("metrics.json", "resume.pt", "runs.json"):
             (output / name).unlink(missing_ok=True)
-    elif (output / "metrics.json").is_file():
-        number = next(n for n in range(1, 10 ** 6) if not output.with_name(f"{output.name}-{n}").exists())
-        output.rename(output.with_name(f"{output.name}-{number}"))
-        output.mkdir()
-        say(f"{output} held a run with other settings: it is now {output}-{number}")
+        return
+    number = next(n for n in range(1, 10 ** 6) if not output.with_name(f"{output.name}-{n}").exists())
+    output.rename(output.with_name(f"{output.name}-{number}"))
+    output.mkdir()
+    say(f"{output} held a run with other settings: it is now {output}-{number}")
 
 
 def check_writable(output):
@@ -1334,7 +1375,7 @@ def check_writable(output):
         raise UsageError(f"--output {output}: is a file, not a folder")
     probe = output / ".writable"
     data.write_atomically(probe, "")
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # several processes may look at once
 
 
 def train_and_record(config, argv, device, output, began):
@@ -1349,7 +1390,10 @@ def train_and_record(config, argv, device, output, began):
     progress, done, log = output / "runs.json", [], []
     if progress.is_file():
         stored = data.read_json(progress, "finished runs")
-        done, log = (stored["runs"], stored["log"]) if stored.get("settings") == settings else ([], [])
+        if stored.get("settings") == settings:
+            done, log = [{**run, **{name: math.nan for name in ("mAP", "mAP_interpolated") if run[name] is None}} for run in stored["runs"]], stored["log"]
+        else:
+            say(f"{progress} holds runs of other settings: they are done anew")
     ablations = {"none": {}, **({name: ABLATIONS[name] for name in (config.ablate or ABLATIONS)} if config.ablate is not None else {})}
     for ablation, changes in ablations.items():
         for seed in config.seed:
@@ -1371,7 +1415,7 @@ def train_and_record(config, argv, device, output, began):
                 (output / "resume.pt").unlink(missing_ok=True)
             if dist.is_initialized():
                 dist.barrier()
-            say(f"{ablation if ablation != 'none' else 'SSPA'}, seed {seed}: mAP {result['mAP']:.2f}, {done[-1]['seconds']:.0f} s")
+            say(f"{title(ablation)}, seed {seed}: mAP {result['mAP']:.2f}, {done[-1]['seconds']:.0f} s")
     result = record(config, argv, clip, inputs, done, time.time() - began, device, settings)
     if first:
         data.write_atomically(output / "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
@@ -1397,31 +1441,34 @@ def main(argv):
     else:
         say(f"{output} is finished; --overwrite redoes it")
     print(table(result), file=sys.stderr if config.predict or config.explain else sys.stdout)
-    if (config.predict or config.explain) and (not dist.is_initialized() or dist.get_rank() == 0):
+    if config.predict or config.explain:
         show(config, device, output, output / "checkpoint.safetensors")
 
 
 def show(config, device, output, checkpoint, names=None):
     """--predict and --explain with a checkpoint"""
-    config, clip, model, names = load_checkpoint(config, checkpoint, device, names)
+    config, clip, stored = open_checkpoint(config, checkpoint, device, names)
+    if config.explain and config.branches == "global":
+        raise UsageError("--explain draws the regional branch, which --branches global leaves out")
+    model = restore(config, clip, stored, device)
     if config.predict:
-        predict(config, clip, model, names, device, output)
+        predict(config, clip, model, stored.names, device, output)
     if config.explain:
-        explain(config, clip, model, names, device, output)
+        explain(config, clip, model, stored.names, device, output)
 
 
 def use_checkpoint(config, argv, device, output, began):
     """--checkpoint: score it (--eval-only), tag photos with it (--predict), look into it (--explain). Trains nothing."""
     if not (config.eval_only or config.predict or config.explain):
         raise UsageError("--checkpoint needs --eval-only, --predict PATH or --explain PATH")
+    if config.eval_only and config.output and (output / "metrics.json").is_file() and not config.overwrite:
+        raise UsageError(f"{output} holds a finished run; choose another --output, or add --overwrite")
     names = names_of(config) if config.labels or config.eval_only else None
     if config.eval_only:
-        trained, clip, model, names = load_checkpoint(config, config.checkpoint, device, names)
-        inputs = load_inputs(trained, clip, names, with_training=False)
-        if config.output and (output / "metrics.json").is_file() and not config.overwrite:
-            raise UsageError(f"{output} holds a finished run; choose another --output, or add --overwrite")
-        result, per_class = evaluate(trained, clip, model, inputs, device)
-        result = record(trained, argv, clip, inputs, [{"seed": 0, "ablation": "none", **result, "per_class": per_class.tolist()}], time.time() - began, device, f"evaluation of {config.checkpoint}")
+        trained, clip, stored = open_checkpoint(config, config.checkpoint, device, names)
+        inputs = load_inputs(trained, clip, names, with_training=False)._replace(texts=stored.texts)  # before the tuned tower takes the place of CLIP's
+        result, per_class = evaluate(trained, clip, restore(trained, clip, stored, device), inputs, device)
+        result = record(trained, argv, clip, inputs, [{"seed": stored.settings["seed"][0], "ablation": "none", **result, "per_class": per_class.tolist()}], time.time() - began, device, f"evaluation of {config.checkpoint}")
         if config.output:
             check_writable(output)
             data.write_json(output / "metrics.json", result)
