@@ -16,7 +16,7 @@ The method, part by part, in the paper's order                          where
     # SSPA: losses                                                      asymmetric_loss_*; SSPA.forward
     # SSPA: prediction                                                  branch_scores
 
-    python sspa.py --tune-image none --seed 0 1 2                       MINUTES
+    python sspa.py --tune-image none --seed 0 1 2                       7 minutes on two cores: mAP 69.06 ± 0.06 on the scenes, zero-shot 60.90
     python sspa.py --dataset voc2007 --gpu 0                            needs the photos and open_clip's weights
     python sspa.py --checkpoint runs/sspa/scenes/checkpoint.safetensors --explain PHOTO     seconds: where each label was seen
 
@@ -31,8 +31,9 @@ not at hand. Everything below is ours or taken from the field; a flag changes it
     D4  --attention-scale 10       DSF and GDMA take softmax(scale * q k) of unit features, scale learned; 0: 1 / sqrt(d), nearly flat [choice]
     D5  --projection-init identity their projections start as the identity, single head (no flag for more), no bias but DSF's       [choice]
     D6  --quaternion-layers 2 --quaternion-hidden 1 --quaternion-activation relu --quaternion-axes kcg --quaternion-readout concat
-                                   Q = 0 + T_ka i + T_ca j + x0 k: three axes [figure], zero real part [field], this order; a mapping and a layer, ReLU on each
-                                   component apart, width d a component, the last layer's components of d / 4 concatenated          [choice]
+                                   Q = 0 + T_ka i + T_ca j + x0 k: three axes [figure], zero real part [field], this order; a mapping and
+                                   a layer, ReLU on each component apart, width d a component, the last layer's components of d / 4
+                                   concatenated                                                                                     [choice]
     D7  gated_alignment_*          g = sigmoid(W_q q + W_a a + b) for every channel, q + g a; the gate starts half open (matrices uniform
                                    in +-1/sqrt(d), b = 0); --no-gate leaves it out                                                  [choice]
     D8  --temperature 0.1          of the soft aggregator, in units of the cosine, fixed; its form [field]                          [choice]
@@ -837,6 +838,8 @@ def load_inputs(config, clip, names, with_training=True):
         height, width = (size, size) if isinstance(size, int) else size
         regions = image_features(clip.model.visual, torch.zeros(1, 3, height, width, device=clip.model.logit_scale.device))[1].shape[1:]
     gib = 2 * count * regions.numel() / 2 ** 30
+    if tuned and with_training and clip.model.logit_scale.device.type == "cpu":
+        say("the image tower is tuned on the CPU, which takes long; --tune-image none freezes it and trains in minutes")
     if not tuned:
         where = "kept in memory and in " + config.cache if gib <= config.cache_limit else f"more than --cache-limit {config.cache_limit:g}: photos are encoded anew in every epoch"
         say(f"frozen region features: {count:,} photos x {regions[0]} regions x {regions[1]}, {gib:.2f} GiB, {where}")
@@ -935,8 +938,8 @@ def train(config, clip, inputs, seed, device, output, key):
         done, log = load_resume(resume, key, learned, averages, optimiser, scaler)
     parallel = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     save_at, total_steps = time.time(), config.epochs * steps
-    bar = tqdm(range(done, config.epochs), initial=done, total=config.epochs, desc=f"training {title(key[1])}, seed {seed}", unit="epoch", disable=config.quiet or not sys.stderr.isatty())
-    for epoch in bar:
+    bar = tqdm(initial=done * steps, total=total_steps, desc=f"training {title(key[1])}, seed {seed}", unit="step", disable=config.quiet or not sys.stderr.isatty())
+    for epoch in range(done, config.epochs):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 100_003 + epoch + 1))
         shares = [order[step * batch_size:(step + 1) * batch_size][rank::world] for step in range(steps)]
         parts = [part for share in shares for part in share.tensor_split(min(config.accumulate, len(share)))]
@@ -958,6 +961,7 @@ def train(config, clip, inputs, seed, device, output, key):
                 total += loss.detach()
             scaler.step(optimiser)
             scaler.update()
+            bar.update()
             decay = min(config.ema, (1 + now) / (10 + now))
             with torch.no_grad():
                 torch._foreach_lerp_(list(averages.values()), [p.detach() for p in learned.values()], 1 - decay)
@@ -976,6 +980,7 @@ def train(config, clip, inputs, seed, device, output, key):
             began = time.time()
             save_resume(resume, key, learned, averages, optimiser, scaler, log)
             save_at = time.time() + max(RESUME_SECONDS, 20 * (time.time() - began))
+    bar.close()
     with torch.no_grad():
         for name, parameter in learned.items():
             parameter.copy_(averages[name])
@@ -1140,7 +1145,7 @@ def explain(config, clip, model, names, device, output):
             tile(picture, 0, 1, "S-to-V gate", span)
         x, y = gap, gap + 2 * high
         canvas.text((x, y), "label", font=font, fill=(230, 230, 230))
-        canvas.text((x + 112, y), "score" + ("  V-to-S gate" if openness is not None else ""), font=font, fill=(230, 230, 230))
+        canvas.text((x + 112, y), "score" + ("    V-to-S" if openness is not None else ""), font=font, fill=(230, 230, 230))
         print(f"{path}\n{'label':<24}{'score %':>8}" + (f"{'V-to-S gate %':>15}" if openness is not None else ""))
         for k in np.argsort(-scores, kind="stable")[:10]:
             y += line

@@ -268,9 +268,9 @@ def bench_sspa(quick):
     print(f"\nmatrix product peak: {peak / 1e9:.0f} G multiply-adds a second, {torch.get_num_threads()} threads. A: plain, B: fused, forward and all gradients; at the end of a line: torch.compile on A, ms")
     head_line()
 
-    def add(path, shape, reference, fused, rounds, multiplications, steps=1, compile_it=True):
+    def add(path, shape, reference, fused, rounds, multiplications, steps=1):
         rows.append(row(path, shape, reference, fused, 1 if quick else rounds, multiplications, steps=steps))
-        rows[-1]["compiled_ms"] = compiled_ms(reference, 1 if quick else 3, steps) if compile_it and not quick else None
+        rows[-1]["compiled_ms"] = compiled_ms(reference, 1 if quick else 3, steps) if not quick else None
         print(f"{rows[-1]['compiled_ms']:10.2f}" if rows[-1]["compiled_ms"] else f"{'-':>10}", flush=True)
 
     # prompt encoding: ViT-B-32's text tower, random weights (the time does not depend on them), COCO's names, the two prompt sets of the method
@@ -291,7 +291,7 @@ def bench_sspa(quick):
         finally:
             model.attn_mask, model.positional_embedding = mask, positions
     steps = [gradient_step(function, (clip.model, contexts, tokens), above) for function in (sspa.encode_prompts_reference, sspa.encode_prompts_fused, cut)]
-    add("prompt encoding", f"C={C}, 2 sets, 77 -> {longest}", steps[0], steps[1], 3, counts, compile_it=False)
+    add("prompt encoding", f"C={C}, 2 sets, 77 -> {longest}", steps[0], steps[1], 3, counts)
     plain, only_cut = interleave(steps[1], steps[2], 1 if quick else 3)
     rows[-1]["cut_ms"] = 1e3 * only_cut
     print(f"  tokens: {2 * C * 77:,} plain, {2 * C * longest:,} cut to the longest ({rows[-1]['reference_ms'] / rows[-1]['cut_ms']:.1f} times faster than plain: {1e3 * only_cut:.0f} ms), "
@@ -354,7 +354,7 @@ def bench_sspa(quick):
         def step(model, prompts):
             model.zero_grad()
             model(inputs, targets, prompts=prompts).backward()
-        add("head", shape, lambda: step(models[0], given[0]), lambda: step(models[1], given[1]), 3, tuple(h + (c if given[0] is None else 0) for h, c in zip(head_counts, counts)), compile_it=given[0] is not None)
+        add("head", shape, lambda: step(models[0], given[0]), lambda: step(models[1], given[1]), 3, tuple(h + (c if given[0] is None else 0) for h, c in zip(head_counts, counts)))
     print("  head: prompts, DSF, QSM, GDMA, aggregator, both losses; without: the prompts' text features given")
     return rows, peak
 
