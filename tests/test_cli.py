@@ -162,7 +162,8 @@ def test_interrupt_and_resume(command, cache, tmp_path):
     """Ctrl-C in training, then the same command: the same adapter as an undisturbed run."""
     words = ["--limit", "1500", "--epochs", "200", "--batch-size", "128"]
     full = [sys.executable, str(REPOSITORY / "adapter_rp.py"), *words, "--cpu", "--cache", cache, "--output", str(tmp_path / "stopped")]
-    process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "RESUME_SECONDS": "0.2"})
+    process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "RESUME_SECONDS": "0.2"},
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite run in the background would hand down "ignore"
     deadline = time.time() + 120
     while not (tmp_path / "stopped" / "resume.pt").is_file() and time.time() < deadline and process.poll() is None:
         time.sleep(0.05)
