@@ -581,13 +581,11 @@ def predict(config, adapter, names, clip, label_embeddings, device, output):
     photos, images, labels = [photos[n] for n in kept], embeddings.to(device), label_embeddings.to(device)
     logits = adapter(prepared(config, images)[None], labels)[0]
     scores = mixed_scores(config, logits, images, labels).cpu().numpy()
-    tags = []
-    for photo, row in zip(photos, scores):
-        order = np.argsort(-row, kind="stable")
-        chosen = order[:config.top_k] if config.top_k else [k for k in order if row[k] >= config.threshold]
-        tags.append([int(k) for k in chosen])
+    orders = [np.argsort(-row, kind="stable") for row in scores]
+    tags = [[int(k) for k in (order[:config.top_k] if config.top_k else [k for k in order if row[k] >= config.threshold])] for order, row in zip(orders, scores)]
+    sheet = data.contact_sheet(photos, names, scores, tags, output / "predictions.png")  # before the first line: a reader like head may leave early
+    for photo, row, order, chosen in zip(photos, scores, orders, tags):
         print(json.dumps({"photo": str(photo), "labels": [names[k] for k in chosen], "scores": {names[k]: round(float(row[k]), 4) for k in order}}, ensure_ascii=False))
-    sheet = data.contact_sheet(photos, names, scores, tags, output / "predictions.png")
     say(f"contact sheet: {sheet}" + (f" (the first 48 of {len(photos)} photos)" if len(photos) > 48 else ""))
 
 

@@ -973,7 +973,7 @@ def train(config, clip, inputs, seed, device, output, key):
         total, finite = float(total), all(bool(p.isfinite().all()) for p in learned.values())
         if not (math.isfinite(total) and finite):
             kept = keep_last_good(config, inputs, clip, model, resume, output) if rank == 0 else ""
-            raise Diverged(f"training diverged in epoch {epoch + 1} (loss {total}); lower --lr (now {config.lr:g}){kept}")
+            raise Diverged(f"training diverged in epoch {epoch + 1} (loss {total}); lower --lr (now {config.lr:g}) or --prompt-lr (now {config.prompt_lr:g}){kept}")
         log.append({"run": key[1], "seed": seed, "epoch": epoch + 1, "loss": total, "seconds": round(time.time() - began, 3)})
         bar.set_postfix(loss=f"{total:.3f}")
         if rank == 0 and time.time() >= save_at and epoch + 1 < config.epochs:
@@ -1081,9 +1081,9 @@ def predict(config, clip, model, names, device, output):
         raise UsageError("no photo could be read; check the files named above")
     paths, scores = [path for path, fine in zip(paths, readable) if fine], scores[readable]
     tags = [tags_of(config, row) for row in scores]
+    sheet = data.contact_sheet(paths, names, scores, tags, output / "predictions.png")  # before the first line: a reader like head may leave early
     for path, row, chosen in zip(paths, scores, tags):
         print(json.dumps({"photo": str(path), "labels": [names[k] for k in chosen], "scores": {names[k]: round(float(row[k]), 4) for k in np.argsort(-row, kind="stable")}}, ensure_ascii=False))
-    sheet = data.contact_sheet(paths, names, scores, tags, output / "predictions.png")
     say(f"contact sheet: {sheet}" + (f" (the first 48 of {len(paths)} photos)" if len(paths) > 48 else ""))
 
 
@@ -1216,6 +1216,9 @@ def open_checkpoint(config, path, device, names=None):
     for name in ("pretrained", "resolution"):
         if getattr(config, name) is None:
             kept[name] = settings[name]
+    ignored = [name for name, value in kept.items() if name not in ("lr", "tune_image", *RUNNING_SETTINGS) and getattr(config, name) not in (value, Config.__dataclass_fields__[name].default)]
+    if ignored:
+        say(f"{path} was made with its own {', '.join('--' + name.replace('_', '-') for name in ignored)}; what the command line says of it is not used")
     config = dataclasses.replace(config, **kept)
     clip = open_clip_of(config, device)
     if encoder_of(clip) != metadata["encoder_key"]:
@@ -1283,7 +1286,7 @@ def table(result):
     for ablation in dict.fromkeys(run["ablation"] for run in result["runs"]):
         chosen = [run for run in result["runs"] if run["ablation"] == ablation]
         mean, std = spread([math.nan if run["mAP"] is None else run["mAP"] for run in chosen])
-        lines.append(f"{title(ablation) if ablation == 'none' else '  ' + ablation:<34}{percent(mean)} ±{std:4.2f}" + "".join(f"{np.mean([run['threshold_0.5'][name] for run in chosen]):8.1f}" for name in ("CF1", "OF1")))
+        lines.append(f"{title(ablation) if ablation == 'none' else '  ' + ablation:<34}{percent(mean)}" + (f" ±{std:4.2f}" if len(chosen) > 1 else " " * 6) + "".join(f"{np.mean([run['threshold_0.5'][name] for run in chosen]):8.1f}" for name in ("CF1", "OF1")))
     return "\n".join(lines)
 
 
@@ -1291,7 +1294,8 @@ def table(result):
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="sspa.py", description="SSPA: split-and-synthesize prompting with gated alignments (arXiv 2407.20920).",
-                                     epilog="Ablations: " + ", ".join(ABLATIONS) + ". Read the file's docstring for the map from the paper to the code.")
+                                     epilog="Tags: [paper] its abstract; [figure] its method figure; [author] other public code of its first author; [field] the closest public peers; [choice] ours, by the numbers "
+                                     f"of the file's docstring, which maps the paper to the code. Ablations: {shlex.join(ABLATIONS)}.")
     for field in dataclasses.fields(Config):
         extra = dict(field.metadata)
         text = extra.pop("help").replace("%", "%%")
@@ -1429,12 +1433,21 @@ def train_and_record(config, argv, device, output, began):
     return result
 
 
+def readable(photo):
+    try:
+        return bool(data.open_photo(photo))
+    except Exception:  # Pillow raises many kinds for damaged files
+        return False
+
+
 def main(argv):
     began = time.time()
     config, device = set_up(parse(argv))
     output = Path(config.output or f"runs/sspa/{config.dataset}")
-    for path in (*(config.predict or ()), *(config.explain or ())):
-        data.list_photos(path)
+    for flag, paths in (("--predict", config.predict), ("--explain", config.explain)):
+        photos = [photo for path in paths or () for photo in data.list_photos(path)]
+        if photos and not any(readable(photo) for photo in photos):  # said before training, not after
+            raise UsageError(f"{flag}: no photo could be read ({photos[0]}{' and others' if len(photos) > 1 else ''})")
     if config.checkpoint:
         use_checkpoint(config, argv, device, output, began)
         return
@@ -1456,6 +1469,8 @@ def show(config, device, output, checkpoint, names=None):
     if config.explain and config.branches == "global":
         raise UsageError("--explain draws the regional branch, which --branches global leaves out")
     model = restore(config, clip, stored, device)
+    if clip.name == "scenes":
+        say("CLIP is the scenes toy here, trained on drawn pictures: what it says of photographs means nothing")
     if config.predict:
         predict(config, clip, model, stored.names, device, output)
     if config.explain:

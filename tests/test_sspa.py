@@ -461,6 +461,11 @@ def test_augmented_photo_is_seeded_and_normalised():
     assert abs(one.mean() - whole.mean()) < 0.3 and isinstance(data.load_photo(clip, "/no/such.jpg"), str)
 
 
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((4, 4), 128 * 256, np.uint16)).save(tmp_path / "deep.png")
+    assert np.unique(np.asarray(data.open_photo(tmp_path / "deep.png"))) == [128]
+
+
 @pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (3, 3)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA", "I;16"])
 def test_odd_photos_are_read(tmp_path, size, mode):

@@ -73,7 +73,8 @@ def test_asked_again_and_evaluated_again(scenes_run, command, tmp_path):
     again = command("sspa.py", *words)
     assert again.stdout == done.stdout and "is finished; --overwrite redoes it" in again.stderr
     assert "holds a finished run with other settings" in command("sspa.py", *words, "--temperature", 0.2, expect=2).stderr
-    command("sspa.py", "--eval-only", "--checkpoint", folder / "checkpoint.safetensors", "--output", tmp_path)
+    other = command("sspa.py", "--eval-only", "--checkpoint", folder / "checkpoint.safetensors", "--output", tmp_path, "--fusion", "sum")
+    assert "was made with its own --fusion; what the command line says of it is not used" in other.stderr
     assert result_of(tmp_path)["mAP"] == pytest.approx(result_of(folder)["runs"][0]["mAP"], abs=1e-3)
 
 
@@ -98,6 +99,7 @@ def test_predict_and_explain(scenes_run, command, tmp_path):
     assert "torn.jpg" in done.stderr and (tmp_path / "out/predictions.png").is_file()
     done = command("sspa.py", "--checkpoint", checkpoint, "--explain", photos, "--output", tmp_path / "out")
     assert done.stdout.count("V-to-S gate %") == 5 and "torn.jpg" in done.stderr
+    assert "scenes toy here" in done.stderr
     drawn = sorted(path.name for path in (tmp_path / "out/explain").iterdir())
     assert drawn == ["000_a.png", "001_b.png", "002_c.png", "003_d.png", "004_e.png"]
     with Image.open(tmp_path / "out/explain/000_a.png") as sheet:
@@ -304,6 +306,7 @@ def mistakes(tmp_path_factory, tiny_run):
         (folder / name).write_text(content)
     (folder / "no_photos").mkdir()
     (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    scenes.picture("test", 0)[0].save(folder / "fine.png")
     (folder / "bad.safetensors").write_bytes(b"\0" * 20)
     (folder / "checkpoint.safetensors").write_bytes((tiny_run / "checkpoint.safetensors").read_bytes())
     return folder
@@ -313,9 +316,9 @@ def mistakes(tmp_path_factory, tiny_run):
     ("--labels {f}/missing.txt", "no such file"), ("--labels {f}/empty.txt", "holds no label"), ("--labels {f}/twice.txt", "'Sun' stands twice"), ("--labels {f}/foreign.txt", "'zebra' is no label of scenes"),
     ("--descriptions {f}/missing.json", "no such file"), ("--descriptions {f}/torn.json", "not valid JSON"), ("--descriptions {f}/list.json", "must be {{"), ("--descriptions {f}/numbers.json", "must be {{"),
     ("--descriptions {f}/none.json", "describes none of the 18 labels"), ("--backbone ViT-B-61", "did you mean ViT-B-16"), ("--dataset voc2007 --data-root {f} --backbone ViT-B-32 --pretrained none", "VOCtrainval_06-Nov-2007.tar"),
-    ("--checkpoint {f}/checkpoint.safetensors --labels {f}/reversed.txt --predict {f}/torn.jpg", "another order of them (label 1 is 'sun' there and 'ball' here)"),
+    ("--checkpoint {f}/checkpoint.safetensors --labels {f}/reversed.txt --predict {f}/fine.png", "another order of them (label 1 is 'sun' there and 'ball' here)"),
     ("--checkpoint {f}/checkpoint.safetensors --labels {f}/few.txt --eval-only", "it has 18 labels, not 2"), ("--checkpoint {f}/checkpoint.safetensors --eval-only --dataset voc2007", "other labels"),
-    ("--checkpoint {f}/checkpoint.safetensors --backbone ViT-B-32 --pretrained none --predict {f}/torn.jpg", "trained on scenes, not on ViT-B-32"), ("--checkpoint {f}/bad.safetensors --eval-only", "cannot be read"),
+    ("--checkpoint {f}/checkpoint.safetensors --backbone ViT-B-32 --pretrained none --predict {f}/fine.png", "trained on scenes, not on ViT-B-32"), ("--checkpoint {f}/bad.safetensors --eval-only", "cannot be read"),
     ("--checkpoint {f}/checkpoint.safetensors", "needs --eval-only, --predict PATH or --explain PATH"), ("--eval-only", "needs --checkpoint"), ("--checkpoint x --ablate", "leave --ablate out"),
     ("--checkpoint {f}/checkpoint.safetensors --predict {f}/torn.jpg", "no photo could be read"), ("--checkpoint {f}/checkpoint.safetensors --explain {f}/torn.jpg", "no photo could be read"),
     ("--predict {f}/no_photos", "no photo in this folder"), ("--explain {f}/nowhere", "no such file or folder"), ("--output {f}/file", "is a file, not a folder"), ("--output {f}/file/under", "cannot write"),
