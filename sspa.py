@@ -393,20 +393,12 @@ def _gated_attention_fused(x, context, w):
     # each product is done on the side with fewer rows: n d^2 or m d^2 multiplications
     scores = (x @ w.query @ w.key.mT) @ context.mT if n <= m else x @ (context @ w.key @ w.query.mT).mT
     attention = torch.softmax(w.scale * scores, -1)
+    value = context @ w.value if n > m else None
+    a = attention @ context @ w.value if n <= m else attention @ value
     if w.gate_query is None:
-        return x + (attention @ context @ w.value if n <= m else attention @ (context @ w.value)), None
-    gate = torch.addmm(w.gate_bias, x.flatten(0, -2), w.gate_query).view(x.shape)
-    if n <= m:
-        a = attention @ context @ w.value
-        gate = gate + a @ w.gate_attended
-    elif n * d <= m * (d + n):
-        a = attention @ (context @ w.value)
-        gate = gate + a @ w.gate_attended
-    else:
-        value = context @ w.value
-        a = attention @ value
-        gate = gate + attention @ (value @ w.gate_attended)
-    gate = torch.sigmoid(gate)
+        return x + a, None
+    attended = attention @ (value @ w.gate_attended) if n * d > m * (d + n) else a @ w.gate_attended  # the former only where n > m
+    gate = torch.sigmoid(torch.addmm(w.gate_bias, x.flatten(0, -2), w.gate_query).view(x.shape) + attended)
     return torch.addcmul(x, gate, a), gate
 
 
