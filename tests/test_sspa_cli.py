@@ -124,14 +124,15 @@ def test_similarity_maps_find_things(scenes_run):
 
 # --- the same result, another way -------------------------------------------------------------------------------------
 
-def tensors_agree(one, two, typical=2e-5, worst=5e-3):
-    """AdamW gives a gradient that is zero but for rounding (the bias of attention keys, to which softmax is blind) steps of full size: so the worst
-    entry may differ by a few learning rates, the typical one by rounding."""
+def tensors_agree(one, two, typical=1e-4, worst=5e-3):
+    """AdamW gives a gradient that is near zero (the bias of attention keys, to which softmax is blind) steps of full size whatever its sign: so the
+    worst entry may differ by a learning rate (6e-3), and a tensor of a few entries has no typical one. Elsewhere the typical entry differs by rounding,
+    which another processor makes larger; a learning rate 2 percent larger changes some tensor five times as much."""
     one, two = load_file(one / "checkpoint.safetensors"), load_file(two / "checkpoint.safetensors")
     assert one.keys() == two.keys()
     for name in one:
         difference = (one[name] - two[name]).abs()
-        assert difference.median() < typical and difference.max() < worst, (name, difference.median(), difference.max())
+        assert difference.max() < worst and (difference.numel() < 100 or difference.median() < typical), (name, difference.median(), difference.max())
 
 
 @pytest.mark.parametrize("words", [("--impl", "reference"), ("--accumulate", 3), ("--cache-limit", 0), ("--workers", 1)])
