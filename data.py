@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
@@ -99,13 +100,17 @@ def read_json(path, what):
 # --- labels and texts -------------------------------------------------------------------------------------------------
 
 def check_names(names, source):
-    """Label names must be there, distinct (case aside), printable and at most 200 characters. Raises UsageError."""
+    """Label names must be there, distinct (case aside), at most 200 characters, and without control characters, line separators or marks
+    that turn the writing direction around. Raises UsageError."""
     seen = {}
     for number, name in enumerate(names, 1):
         if name.casefold() in seen:
             raise UsageError(f"{source}: label '{name}' stands twice (entries {seen[name.casefold()]} and {number}); remove one")
-        if len(name) > 200 or any(ord(c) < 32 for c in name):
-            raise UsageError(f"{source}: entry {number} is not a label name ({len(name)} characters, or control characters): {name[:40]!r}")
+        if len(name) > 200:
+            raise UsageError(f"{source}: entry {number} is not a label name, it has {len(name):,} characters: {name[:40]!r} ...")
+        odd = next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), None)
+        if odd or not any(c.isalnum() or unicodedata.category(c) == "So" for c in name):
+            raise UsageError(f"{source}: entry {number} is not a label name, it has {f'the control character U+{ord(odd):04X}' if odd else 'no letter'}: {ascii(name[:40])}")
         seen[name.casefold()] = number
     if not names:
         raise UsageError(f"{source}: holds no label; write one name a line")
@@ -114,7 +119,7 @@ def check_names(names, source):
 
 def read_labels(path):
     """A label file, one name a line (UTF-8, blank lines skipped) -> list of str. Raises UsageError: missing, empty, duplicates."""
-    return check_names([line.strip() for line in read_text(path, "label file").splitlines() if line.strip()], f"label file {path}")
+    return check_names([line.strip() for line in read_text(path, "label file").split("\n") if line.strip()], f"label file {path}")
 
 
 def synonyms_of(names, dataset=None):
@@ -127,21 +132,27 @@ def synonyms_of(names, dataset=None):
     return {"": table.get("", []), **{name: table.get(name, []) for name in names}}
 
 
+IRREGULAR = {"man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice", "goose": "geese", "foot": "feet", "tooth": "teeth", "ox": "oxen"}
+
+
 def _forms(words):
-    """Singular and regular plural of a noun phrase."""
+    """Singular and plural of a noun phrase."""
     forms = [words, words + "s", words + "es"]
     if re.search("[^aeiou]y$", words):
         forms.append(words[:-1] + "ies")
     if re.search("fe?$", words):
         forms.append(re.sub("fe?$", "ves", words))
+    *before, last = words.split(" ")
+    if last in IRREGULAR:
+        forms.append(" ".join([*before, IRREGULAR[last]]))
     return forms
 
 
-def match_nouns(texts, names, synonyms=None):
-    """Labels of sentences by the words in them (field: TaI-DPT and its followers).
+def noun_finder(names, synonyms=None):
+    """find(text) -> [(label's column, or None for a phrase that is no label; start; end)], places in text.casefold().
 
-    A label is present if its name, a synonym, or the plural of one stands in the text as whole words. The longest phrase wins, so that
-    "hot dog" is no dog where "hot dog" is known. -> int8 [N, C]
+    A label is named where its name, a synonym, or the plural of one stands as whole words. The longest phrase wins, so that "hot dog" is
+    no dog where "hot dog" is known. -> function
     """
     synonyms = synonyms or {}
     def plain(phrase):  # hyphens and runs of spaces are all one space
@@ -154,12 +165,15 @@ def match_nouns(texts, names, synonyms=None):
                 table.setdefault(form, column)
     longest_first = sorted(table, key=len, reverse=True)
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(r"[\s-]+".join(map(re.escape, form.split(" "))) for form in longest_first) + r")(?!\w)")
+    return lambda text: [(table[plain(match.group())], *match.span()) for match in pattern.finditer(text.casefold())]
+
+
+def match_nouns(texts, names, synonyms=None):
+    """Labels of sentences by the words in them, as noun_finder finds them (field: TaI-DPT and its followers). -> int8 [N, C]"""
+    find = noun_finder(names, synonyms)
     labels = np.zeros((len(texts), len(names)), np.int8)
     for row, text in enumerate(texts):
-        for match in pattern.finditer(text.casefold()):
-            column = table[plain(match.group())]
-            if column is not None:
-                labels[row, column] = 1
+        labels[row, [column for column, _, _ in find(text) if column is not None]] = 1
     return labels
 
 

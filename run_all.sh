@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # bash run_all.sh demo    sets up what is missing, trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
+# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL [--model NAME]] [--count N] [options of adapter_rp.py]
+#                         from a list of label names to tagged photos: sentences for the labels, an adapter, one JSON line a photo
 # bash run_all.sh test    sets up what is missing, runs the test suite
 # An active virtual environment is used as it is; otherwise .venv is made here. pip's own settings (PIP_INDEX_URL,
 # PIP_EXTRA_INDEX_URL, pip.conf) decide where packages come from.
 set -euo pipefail
+CALLED_FROM="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() { sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"; }
 
 set_up() {
     if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -55,6 +58,48 @@ EOF
         echo
         echo "pictures: runs/demo/rp/predictions.png, runs/demo/sspa/predictions.png   (12 test pictures with what each method says of them)"
         echo "          runs/demo/sspa/explain/*.png   (where SSPA saw it)      everything else: runs/demo/{rp,sspa}/metrics.json"
+        ;;
+    tag)
+        [ $# -ge 3 ] || { echo "run_all.sh tag: needs a label file and a folder of photos" >&2; usage >&2; exit 2; }
+        absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
+        words="$(absolute "$2")" photos="$(absolute "$3")"
+        shift 3
+        llm=(--quiet) adapter=(--quiet) backbone=ViT-B-32 pretrained=openai url=template model=
+        while [ $# -gt 0 ]; do
+            case "$1" in
+                --llm) url="${2:-}"; llm+=("$1" "$url"); shift ;;
+                --model) model="${2:-}"; llm+=("$1" "$model"); shift ;;
+                --count | --concurrency | --timeout | --request-options | --max-labels) llm+=("$1" "${2:-}"); shift ;;
+                --backbone) backbone="${2:-}"; shift ;;
+                --pretrained) pretrained="${2:-}"; shift ;;
+                --texts | --captions | --labels | --predict | --dataset | --output) echo "run_all.sh tag: $1 is chosen here; use adapter_rp.py for that" >&2; exit 2 ;;
+                *) adapter+=("$1") ;;
+            esac
+            [ $# -gt 0 ] && shift
+        done
+        if [ "$url" = template ]; then echo "no --llm: template sentences, written by a fixed grammar and not by a language model" >&2; else echo "sentences by the language model at $url" >&2; fi
+        set_up
+        clip=(--backbone "$backbone")
+        [ "$backbone" = scenes ] || clip+=(--pretrained "$pretrained")
+        # labels, photos and weights are looked at before a model writes for an hour
+        python - "$words" "$photos" "$backbone" "$pretrained" << 'EOF'
+import sys
+
+import data
+
+words, photos, backbone, pretrained = sys.argv[1:]
+try:
+    data.read_labels(words), data.list_photos(photos)
+    data.load_clip(backbone, None if backbone == "scenes" else pretrained)
+except data.UsageError as error:
+    data.say(f"run_all.sh tag: {error}")
+    sys.exit(2)
+EOF
+        # one folder for one label list and one author: another list begins a new one, the same goes on
+        folder="runs/tag/$( { cat "$words"; echo "$url $model"; } | cksum | cut -d ' ' -f 1)"
+        python llm_text.py sentences --labels "$words" --out "$folder/texts.jsonl" "${llm[@]}" >&2
+        python adapter_rp.py "${clip[@]}" --labels "$words" --texts "$folder/texts.jsonl" --predict "$photos" --output "$folder/rp-$backbone" "${adapter[@]}"
+        echo "texts: $folder/texts.jsonl   pictures: $folder/rp-$backbone/predictions.png" >&2
         ;;
     test)
         set_up

