@@ -20,6 +20,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
@@ -86,32 +87,43 @@ def read_text(path, what):
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{what} {path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def read_json(path, what):
     try:
         return json.loads(read_text(path, what))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(f"{what} {path}: not valid JSON ({error})") from None
 
 
 # --- labels and texts -------------------------------------------------------------------------------------------------
 
+def fold(text):
+    """What texts and names are compared by: composed characters, straight apostrophes, no upper case."""
+    return unicodedata.normalize("NFC", text).replace("’", "'").casefold()
+
+
+def plain(phrase):
+    """fold, and hyphens and runs of spaces are all one space."""
+    return re.sub(r"[\s-]+", " ", fold(phrase)).strip()
+
+
 def check_names(names, source):
-    """Label names must be there, distinct (case aside), at most 200 characters, and without control characters, line separators or marks
+    """Label names must be there, distinct (case and hyphens aside), at most 200 characters, and without control characters, line separators or marks
     that turn the writing direction around. Raises UsageError."""
     seen = {}
     for number, name in enumerate(names, 1):
-        if name.casefold() in seen:
-            raise UsageError(f"{source}: label '{name}' stands twice (entries {seen[name.casefold()]} and {number}); remove one")
+        key = plain(name) or name
+        if key in seen:
+            raise UsageError(f"{source}: label '{name}' stands twice (entries {seen[key]} and {number}); remove one")
         if len(name) > 200:
             raise UsageError(f"{source}: entry {number} is not a label name, it has {len(name):,} characters: {name[:40]!r} ...")
         odd = next((c for c in name if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"), None)
         if odd or not any(c.isalnum() or unicodedata.category(c) == "So" for c in name):
             raise UsageError(f"{source}: entry {number} is not a label name, it has {f'the control character U+{ord(odd):04X}' if odd else 'no letter'}: {ascii(name[:40])}")
-        seen[name.casefold()] = number
+        seen[key] = number
     if not names:
         raise UsageError(f"{source}: holds no label; write one name a line")
     return names
@@ -135,37 +147,32 @@ def synonyms_of(names, dataset=None):
 IRREGULAR = {"man": "men", "woman": "women", "child": "children", "person": "people", "mouse": "mice", "goose": "geese", "foot": "feet", "tooth": "teeth", "ox": "oxen"}
 
 
-def _forms(words):
-    """Singular and plural of a noun phrase."""
-    forms = [words, words + "s", words + "es"]
-    if re.search("[^aeiou]y$", words):
-        forms.append(words[:-1] + "ies")
-    if re.search("fe?$", words):
-        forms.append(re.sub("fe?$", "ves", words))
+def _plurals(words):
+    """Regular plurals of a noun phrase, or the irregular one."""
     *before, last = words.split(" ")
     if last in IRREGULAR:
-        forms.append(" ".join([*before, IRREGULAR[last]]))
-    return forms
+        return [" ".join([*before, IRREGULAR[last]])]
+    if re.search("[^aeiou]y$", words):
+        return [words + "s", words[:-1] + "ies"]
+    if re.search("fe?$", words):
+        return [words + "s", re.sub("fe?$", "ves", words)]
+    return [words + "s", words + "es"] if re.search("(s|x|z|ch|sh|o)$", words) else [words + "s"]
 
 
 def noun_finder(names, synonyms=None):
-    """find(text) -> [(label's column, or None for a phrase that is no label; start; end)], places in text.casefold().
+    """find(text) -> [(label's column, or None for a phrase that is no label; start; end)], places in fold(text).
 
-    A label is named where its name, a synonym, or the plural of one stands as whole words. The longest phrase wins, so that "hot dog" is
-    no dog where "hot dog" is known. -> function
+    A label is named where its name, a synonym, or the plural of one stands as whole words; a name goes before a synonym, and both before
+    plurals. The longest phrase wins, so that "hot dog" is no dog where "hot dog" is known. -> function
     """
     synonyms = synonyms or {}
-    def plain(phrase):  # hyphens and runs of spaces are all one space
-        return re.sub(r"[\s-]+", " ", phrase.casefold())
-
+    phrases = [*enumerate(map(plain, names)), *((c, plain(word)) for c, name in enumerate(names) for word in synonyms.get(name, [])), *((None, plain(word)) for word in synonyms.get("", []))]
     table = {}
-    for column, phrases in [*((c, [name, *synonyms.get(name, [])]) for c, name in enumerate(names)), (None, synonyms.get("", []))]:
-        for phrase in phrases:
-            for form in _forms(plain(phrase)):
-                table.setdefault(form, column)
+    for column, phrase in [*phrases, *((column, plural) for column, phrase in phrases for plural in _plurals(phrase))]:
+        table.setdefault(phrase, column)
     longest_first = sorted(table, key=len, reverse=True)
     pattern = re.compile(r"(?<!\w)(?:" + "|".join(r"[\s-]+".join(map(re.escape, form.split(" "))) for form in longest_first) + r")(?!\w)")
-    return lambda text: [(table[plain(match.group())], *match.span()) for match in pattern.finditer(text.casefold())]
+    return lambda text: [(table[plain(match.group())], *match.span()) for match in pattern.finditer(fold(text))]
 
 
 def match_nouns(texts, names, synonyms=None):

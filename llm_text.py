@@ -22,18 +22,20 @@ The story of a sentence                                        where
 What the papers fix: RP's texts come from a language model by multi-label instruction following, without manual data [paper]; SSPA asks a
 language model (LLaMA, Vicuna) with in-context question and answer examples for one sentence a label, on what it looks like and what it is
 found with [paper] [figure]; the keyboard sentence below is the figure's. The full texts were not at hand: the words of both prompts and
-everything below are ours, and a flag changes it:
+everything below are ours, and a flag changes what has one:
 
     L1  --max-labels 5           a label set has 1 to min(5, C) labels, each size as often                                  [choice]
-    L2  (none)                   its first label is the one with the fewest accepted sentences so far, a request already made for it
-                                 counting as a third of one: rare labels get their share, impossible ones cannot block      [choice]
+    L2  (none)                   its first label is the one with the fewest accepted sentences; a request already made for it counts
+                                 as a third of one: rare labels get their share, impossible ones cannot block               [choice]
     L3  --co-occurrence          off: the other labels are drawn uniformly; on: the model is first asked what is seen with each
                                  label, and three in four of the others are drawn from its answer                           [choice]
     L4  --per-request 5          sentences a request, all for one label set                                                 [choice]
-    L5  --temperature 0.9        of the model's sampling                                                                    [choice]
-    L6  --words 4 40             length of a sentence; --language English: no other script, and one English function word   [choice]
-    L7  (none)                   every asked-for label must be named (synonyms and plurals count); other labels of the list that are
-                                 named are recorded too; near-duplicate: same labels, four in five words shared             [choice]
+    L5  --temperature 0.9        of the model's sampling (descriptions 0.7)                                                 [choice]
+    L6  --words 4 40             length of a sentence; --language English: no other script, and an English function word    [choice]
+    L7  (none)                   every asked-for label must be named (synonyms and plurals count); other labels of the list that are named
+                                 are recorded too; no negation, no half sentence, no word salad (half of the words repeated)   [choice]
+    L8  (none)                   near-duplicate: the same labels, and four in five of the words shared                      [choice]
+    L9  --instruction TEXT       how a request begins; the examples after it are fixed                                      [choice]
 """
 import argparse
 import collections
@@ -42,7 +44,6 @@ import hashlib
 import http.client
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -53,7 +54,7 @@ import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ DESCRIPTION_EXAMPLES = (("keyboard", "Keyboard is a rectangular device with mult
 CO_OCCURRENCE_INSTRUCTION = "Here is a list of labels:\n{names}\nWhich of them are often seen in the same photo as {name}? Answer with up to eight of them, separated by commas, and nothing else."
 
 
-def sentence_messages(asked, count):
+def sentence_messages(asked, count, instruction=SENTENCE_INSTRUCTION):
     """The request for one label set: the examples as earlier turns of the talk, then the labels asked for. -> list of chat messages"""
     def question(labels, number):
         return f"Labels: {json.dumps(labels, ensure_ascii=False)}\nWrite {number} sentences. Every sentence names {'all of them' if len(labels) > 1 else 'it'}."
@@ -96,16 +97,16 @@ def sentence_messages(asked, count):
     for labels, answers in SENTENCE_EXAMPLES:
         turns += [("user", question(labels, len(answers))), ("assistant", "\n".join(answers))]
     turns.append(("user", question(asked, count)))
-    return _messages(SENTENCE_INSTRUCTION, turns)
+    return _messages(instruction, turns)
 
 
-def description_messages(name):
+def description_messages(name, instruction=DESCRIPTION_INSTRUCTION):
     """The question for one label, in SSPA's manner. -> list of chat messages"""
     turns = []
     for question, answer in DESCRIPTION_EXAMPLES:
         turns += [("user", f"Q: {question}"), ("assistant", f"A: {answer}")]
     turns.append(("user", f"Q: {' '.join(name.split())}"))
-    return _messages(DESCRIPTION_INSTRUCTION, turns)
+    return _messages(instruction, turns)
 
 
 def _messages(instruction, turns):
@@ -116,16 +117,16 @@ def _messages(instruction, turns):
 
 # --- label sets --------------------------------------------------------------------------------------------------------
 
-def choose(number, seed, accepted, requested, max_labels, partners=None):
+def choose(number, seed, need, max_labels, partners=None):
     """The label set of a request (L1 to L3), a function of its arguments alone.
 
-    accepted, requested: int [C], accepted sentences that name a label, and requests whose first label it was; partners: list of C lists of
-    columns that the model says are seen with a label. -> list of columns, distinct
+    need: float [C], the smallest comes first; partners: list of C lists of columns that the model says are seen with a label.
+    -> list of columns, distinct
     """
     rng = np.random.default_rng((seed, number))
-    count = len(accepted)
+    count = len(need)
     order = rng.permutation(count)
-    chosen = [int(order[np.argmin((np.asarray(accepted) + np.asarray(requested) / 3)[order])])]
+    chosen = [int(order[np.argmin(np.asarray(need)[order])])]
     size = int(rng.integers(1, min(max_labels, count) + 1))
     seen_together = [column for column in (partners[chosen[0]] if partners else []) if column not in chosen]
     while len(chosen) < size:
@@ -170,7 +171,7 @@ MAX_ANSWER = 1 << 20  # bytes; a request asks for a few sentences
 
 
 class Declined(Exception):
-    """The server understood and does not want this very request (400, 413, 422): another one may pass."""
+    """The server understood and does not want this very request (400, 413, 422, a content filter): another one may pass."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -179,19 +180,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Server:
-    """One OpenAI-compatible server. Bounded time and size for every answer; the key stands in the request's header and nowhere else."""
+    """One OpenAI-compatible server. Every answer is bounded in time and size; the key stands in the request's header and nowhere else."""
 
-    def __init__(self, address, model, timeout=120, tries=6, retry_wait=1.0, extra=None):
+    def __init__(self, address, model=None, timeout=120, tries=6, retry_wait=1.0, extra=None):
         address = address.rstrip("/").removesuffix("/chat/completions")
         try:
             parts = urllib.parse.urlsplit(address)
             parts.port
-        except ValueError as error:
-            raise UsageError(f"--llm: not an address ({error}); it looks like http://localhost:8080/v1") from None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"--llm {address.split('@')[-1]}: must be template, or a server's address such as http://localhost:8080/v1")
+        except ValueError:
+            raise UsageError("--llm: not an address; it looks like http://localhost:8080/v1") from None
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise UsageError(f"--llm: the address must not hold a user, a password, ? or #; put the key into the environment variable LLM_API_KEY")
+            raise UsageError("--llm: the address must not hold a user, a password, ? or #; put the key into the environment variable LLM_API_KEY")
+        if parts.scheme not in ("http", "https") or not parts.hostname or not address.isascii() or not address.isprintable() or " " in address:
+            raise UsageError(f"--llm {ascii(address)}: must be template, or a server's address such as http://localhost:8080/v1")
         if not parts.path:
             address += "/v1"
         self.address, self.timeout, self.tries, self.retry_wait, self.extra = address, timeout, tries, retry_wait, extra or {}
@@ -202,121 +203,133 @@ class Server:
         if self.key and parts.scheme == "http" and not local:
             say(f"{address}: the key travels unencrypted; use https where the server has it")
         self.opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
-        models = self._models()
-        if not model and len(models) != 1:
-            raise UsageError(f"{address}: " + (f"serves several models; choose one with --model ({', '.join(models[:20])})" if models else "does not say which models it serves; name one with --model"))
-        self.model = model or models[0]
+        self.model = model or self._only_model()
 
-    def _open(self, path, body=None):
-        """One HTTP exchange -> bytes. Raises what urllib and http.client raise, and ValueError for an answer too large or too slow."""
-        headers = {"Content-Type": "application/json", "Accept": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
-        deadline = time.monotonic() + self.timeout
-        with self.opener.open(urllib.request.Request(self.address + path, body, headers), timeout=self.timeout) as answer:
-            expected, parts, size = answer.headers.get("Content-Length"), [], 0
-            while chunk := answer.read1(1 << 16):
-                parts.append(chunk)
-                size += len(chunk)
-                if size > MAX_ANSWER:
-                    raise ValueError(f"its answer is larger than {MAX_ANSWER >> 20} MiB")
-                if time.monotonic() > deadline:
-                    raise ValueError(f"its answer was not complete after {self.timeout:g} s")
-            if expected and expected.isdigit() and size < int(expected):
-                raise ValueError(f"its answer broke off after {size} of {expected} bytes")
-        return b"".join(parts)
-
-    def _models(self):
-        """The names that the server lists; none if it does not say. Raises UsageError where no server answers."""
-        try:
-            return [str(entry["id"]) for entry in json.loads(self._open("/models"))["data"]]
-        except urllib.error.HTTPError:
-            return []
-        except (OSError, http.client.HTTPException) as error:
-            raise UsageError(f"{self.address}: no server answers there ({getattr(error, 'reason', None) or error or type(error).__name__}); start it, or correct --llm") from None
-        except (ValueError, KeyError, TypeError):
-            return []
-
-    def _reason(self, error):
-        """What the server wrote beside an error code: one short line, the key blotted out."""
-        try:
-            text = error.read(2000).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            text = ""
-        try:
-            inner = json.loads(text)
-            inner = inner.get("error", inner) if isinstance(inner, dict) else inner
-            text = str(inner.get("message", text) if isinstance(inner, dict) else inner)
-        except ValueError:
-            pass
-        text = "".join(c if c.isprintable() else " " for c in text)
-        return " ".join((text.replace(self.key, "***") if self.key else text).split())[:200] or error.reason
+    def _only_model(self):
+        models = self._exchange("/models", None, lambda answer: [str(entry["id"]) for entry in answer["data"]])
+        if len(models) != 1:
+            raise UsageError(f"{self.address}: serves {'several models; choose one' if models else 'no model'} with --model ({self._shown(', '.join(models))})")
+        return models[0]
 
     def chat(self, messages, temperature, max_tokens, seed):
-        """One answer -> (text, whether it was cut at max_tokens).
+        """One answer -> (text, whether it was cut at max_tokens). Raises as _exchange."""
+        def parse(answer):
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] or ""
+            if not isinstance(text, str):
+                raise TypeError
+            if self.key:
+                text = text.replace(self.key, "***")
+            return re.sub(r"(?s)^.*</think>|<think>.*", "", text), choice.get("finish_reason") == "length"
+        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens, "seed": seed, **self.extra}
+        return self._exchange("/chat/completions", {name: value for name, value in body.items() if value is not None}, parse)
+
+    def _exchange(self, path, body, parse):
+        """parse(the JSON that the server answers).
 
         Tries again, waiting 1, 2, 4 ... s or as long as the server asks (at most a minute), after 408, 409, 425, 429, 5xx, a lost
         connection, a time-out, and an answer that is broken or too large. Raises UsageError for 401, 403, 404 and a redirection at once,
         and when all tries are used up; Declined for other codes.
         """
-        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens, "seed": seed, **self.extra}
-        body = json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+        headers = {"Content-Type": "application/json", "Accept": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode() if body else None, headers)
         for attempt in range(1, self.tries + 1):
-            wait = min(60.0, self.retry_wait * 2 ** (attempt - 1))
+            wait = min(60.0, self.retry_wait * 2.0 ** min(attempt - 1, 10))
+            content = b""
             try:
-                choice = json.loads(self._open("/chat/completions", body))["choices"][0]
-                text = choice["message"]["content"] or ""
-                if not isinstance(text, str):
-                    raise TypeError("its answer is no text")
-                return re.sub(r"(?s)<think>.*?(</think>|$)", "", text), choice.get("finish_reason") == "length"
+                deadline = time.monotonic() + self.timeout
+                with self.opener.open(request, timeout=self.timeout) as answer:
+                    content = self._read(answer, deadline)
+                return parse(json.loads(content))
             except urllib.error.HTTPError as error:
-                reason = self._reason(error)
+                try:
+                    reason = self._error_text(self._read(error, deadline)) or self._shown(error.reason)
+                except (OSError, ValueError, http.client.HTTPException):
+                    reason = self._shown(error.reason)
                 if error.code in (401, 403):
                     raise UsageError(f"{self.address}: {'the key in LLM_API_KEY is refused' if self.key else 'asks for a key; put it into the environment variable LLM_API_KEY'} "
                                      f"({error.code}: {reason})") from None
                 if error.code == 404:
-                    models = self._models()
-                    raise UsageError(f"{self.address}: no model {self.model}, or nothing at /chat/completions (404: {reason})"
-                                     f"{'; it serves ' + ', '.join(models[:20]) if models else '; the address usually ends in /v1'}") from None
+                    raise UsageError(f"{self.address}: " + (f"no model {self.model}, or nothing at {path} (404: {reason}); the address usually ends in /v1" if body else
+                                                            f"does not say which models it serves (404: {reason}); name one with --model")) from None
                 if 300 <= error.code < 400:
-                    raise UsageError(f"{self.address}: redirects to {error.headers.get('Location', 'another address')}; give that address with --llm") from None
+                    raise UsageError(f"{self.address}: redirects to {self._shown(error.headers.get('Location') or 'another address')}; give that address with --llm") from None
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     raise Declined(f"{error.code}: {reason}") from None
-                trouble = f"answered {error.code} ({reason})"
-                after = error.headers.get("Retry-After") or ""
-                if re.fullmatch(r"\d+(\.\d+)?", after):
+                trouble, after = f"answered {error.code} ({reason})", error.headers.get("Retry-After") or ""
+                if re.fullmatch(r"\d{1,9}(\.\d+)?", after):
                     wait = min(60.0, max(wait, float(after)))
-            except (KeyError, IndexError, TypeError, AttributeError, json.JSONDecodeError):
-                trouble = "sent something that is not the protocol's JSON"
+            except (KeyError, IndexError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
+                trouble = f"sent something that is not the protocol's JSON ({self._error_text(content) or 'nothing'})"
             except (OSError, ValueError, http.client.HTTPException) as error:
-                trouble = f"failed: {getattr(error, 'reason', None) or error or type(error).__name__}"
+                trouble = f"failed: {self._shown(str(getattr(error, 'reason', None) or error) or type(error).__name__)}"
             if attempt < self.tries:
                 say(f"{self.address} {trouble}; trying again in {wait:g} s ({attempt} of {self.tries})")
                 time.sleep(wait * random.uniform(0.9, 1.1))  # so that waiting requests do not come back all at once
         raise UsageError(f"{self.address} {trouble}, {self.tries} times; look at the server, then run the same command again")
 
+    def _read(self, answer, deadline):
+        """The body, at most MAX_ANSWER bytes and until the deadline. Raises ValueError for an answer too large, too slow or broken off."""
+        expected, parts, size = answer.headers.get("Content-Length") or "", [], 0
+        while chunk := answer.read1(1 << 16):
+            parts.append(chunk)
+            size += len(chunk)
+            if size > MAX_ANSWER:
+                raise ValueError(f"its answer is larger than {MAX_ANSWER >> 20} MiB")
+            if time.monotonic() > deadline:
+                raise ValueError(f"its answer was not complete after {self.timeout:g} s")
+        if expected.isdigit() and size < int(expected):
+            raise ValueError(f"its answer broke off after {size} of {expected} bytes")
+        return b"".join(parts)
+
+    def _error_text(self, content):
+        """What the server wrote about an error, in one line: the protocol's error message if there is one."""
+        text = content.decode("utf-8", "replace")
+        try:
+            inner = json.loads(text)
+            inner = inner.get("error", inner) if isinstance(inner, dict) else inner
+            text = str(inner.get("message", text) if isinstance(inner, dict) else inner)
+        except (ValueError, RecursionError):
+            pass
+        return self._shown(text)
+
+    def _shown(self, text):
+        """Foreign words for the terminal: printable, the key blotted out, at most 200 characters."""
+        text = str(text).replace(self.key, "***") if self.key else str(text)
+        return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]
+
 
 # --- cleaning and checking -----------------------------------------------------------------------------------------------
 
-CHATTER = re.compile(r"^(sure|certainly|of course|okay|here (are|is|'s) .*(sentence|caption|example|list|photo)|note\b|as an ai|i hope|i'm sorry|i can|let me|please|thank)"
-                     r"|\b(sentences?|captions?|labels?|prompts?|instructions?|language model|assistant)\b|https?:|[{}<>|#*_=\\:]|\?$", re.I)
-UNFINISHED = re.compile(r"([,;-]|\b(a|an|the|and|or|of|with|in|on|at|by|to|from|is|are|his|her|its|their))$", re.I)
+CUT_OUT = "\ufffc"  # stands where a label was, so that the label's own words are free: "sentence" may be a label
+CHATTER = re.compile(r"^(sure\b|certainly|of course|okay|here (are|is|'s) .*(sentence|caption|example|list|photo)|note\b|as an ai|i hope|i'm sorry|i can|let me|please|thank|labels?\b)"
+                     r"|\b(sentences?|captions?|language model|as an ai)\b|https?:|[][(){}<>|#*_=\\:]|\?$", re.I)
 NEGATION = re.compile(r"\b(no|not|none|never|nobody|nothing|without|cannot)\b|n't\b", re.I)
-FUNCTION_WORDS = frozenset("a an the of in on at by to with and or is are was has its his her their near next under over from for while there this that two three some".split())
+UNFINISHED = re.compile(r"[,;-]$|(\.\.\.|…)$|\b(a|an|the|and|or|of|with|his|her|its|their)[\s.,!]*$", re.I)
+FUNCTION_WORDS = frozenset("a an the of on at by to with and is are has its his their near next under over from for while there this that two three some across through "
+                           "behind beside around along into off out up down in".split())
+FOREIGN_WORDS = frozenset("der das und ist ein eine auf dem el la los las una con del le les des une dans avec il della di het een um uma com".split())
+PREFIX = re.compile(r"^\s*([-*•·–—◦▪>]+\s+|\(?\d{1,3}[.):\]](?!\d)\s*|\(?[a-z]\)\s+|[A-Z]:\s*|(sentence|caption) \d+[.:)]\s*)", re.I)
 
 
 def clean(answer, cut=False):
-    """A model's answer -> list of str, one a sentence, without numbering, bullets, quotation marks and markup; the last line is left out
+    """A model's answer -> list of str, one a sentence, without numbering, bullets, quotation marks and markup; the last one is left out
     if the answer was cut."""
-    answer = unicodedata.normalize("NFC", answer)
-    lines = [line for line in re.split(r"[\r\n\u2028\u2029]+", answer) if line.strip()]
+    answer = unicodedata.normalize("NFC", answer).replace("’", "'").replace("**", "")
+    lines = [line.strip() for line in re.split(r"[\r\n\u2028\u2029]+", answer) if line.strip()]
+    if len(lines) == 1:  # all in one paragraph
+        lines = re.split(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=[A-Z])", lines[0])
     if cut:
         lines = lines[:-1]
-    if len(lines) == 1:
-        lines = re.split(r"(?<=[.!?])\s+(?=[A-Z])", lines[0].strip())
     cleaned = []
     for line in lines:
-        line = "".join(c if unicodedata.category(c) not in ("Cc", "Cs") else " " for c in line)
-        line = re.sub(r"^\s*(?:[-*•·–]+|\(?\d{1,3}[.):\]]|[A-Z]:|sentence \d+:)\s*", "", line, flags=re.I)
-        line = " ".join(line.replace("**", "").replace("’", "'").split()).strip("\"'“”«»` ")
+        line = "".join(c for c in line if c == "\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))  # U+200D joins emoji
+        before = None
+        while before != line:
+            before, line = line, PREFIX.sub("", line, 1).strip("\"“”«»` \t")
+        line = " ".join(line.split())
+        if line.startswith("'") and line.endswith("'"):
+            line = line[1:-1]
         if line:
             cleaned.append(line)
     return cleaned
@@ -327,36 +340,37 @@ def sentence_checker(names, synonyms, words=(4, 40), language="English", near_du
     word or two before a colon, so that they can be counted. remember(text, columns) adds a sentence to those that later ones must
     differ from. -> (check, remember)"""
     find = data.noun_finder(names, synonyms)
+    examples = {tuple(re.findall(r"\w+", data.fold(answer))) for _, answers in SENTENCE_EXAMPLES for answer in answers}
     seen, by_labels = set(), collections.defaultdict(list)
 
-    def key(text):
-        return re.findall(r"\w+", text.casefold())
+    def tokens_of(text):
+        return re.findall(r"\w+", data.fold(text))
 
     def check(text, asked):
-        found = find(text)
+        found, folded = find(text), data.fold(text)
         named = sorted({column for column, _, _ in found if column is not None})
-        rest, end = [], 0
-        for _, start, stop in found:  # the labels' own words are free: "label" may be a label
-            rest.append(text.casefold()[end:start])
-            end = stop
-        rest = " ".join([*rest, text.casefold()[end:]]).strip()
-        tokens = key(text)
-        missing = [names[column] for column in asked if column not in named]
-        if CHATTER.search(rest):
+        rest, end = "", 0
+        for column, start, stop in found:
+            if column is not None:
+                rest, end = f"{rest}{folded[end:start]}{CUT_OUT}", stop
+        rest, tokens = (rest + folded[end:]).strip(), tokens_of(text)
+        if not rest or CHATTER.search(rest) or re.match(r"\d+ [A-Z]", text) or not (rest[0].isalnum() or rest[0] in CUT_OUT + "'"):
             return None, "chatter"
+        missing = [names[column] for column in asked if column not in named]
         if missing:
             return None, f"lacks a label: {', '.join(missing)}"
         if NEGATION.search(rest):  # "the bottle is on the table, but the bicycle is not"
             return None, "negation"
         if not words[0] <= len(text.split()) <= words[1]:
             return None, f"length: {len(text.split())} words"
-        if UNFINISHED.search(text):
+        if UNFINISHED.search(rest):
             return None, "unfinished"
         if len(tokens) >= 8 and len(set(tokens)) < 0.55 * len(tokens):
             return None, "repeats itself"
-        if language == "English" and (any(c.isalpha() and ord(c) > 0x24F for c in rest) or not FUNCTION_WORDS & set(key(rest))):
+        english, foreign = (sum(token in listed for token in tokens_of(rest)) for listed in (FUNCTION_WORDS, FOREIGN_WORDS))
+        if language == "English" and (any(c.isalpha() and ord(c) > 0x24F for c in rest) or english <= foreign):
             return None, "not English"
-        if tuple(tokens) in seen:
+        if tuple(tokens) in examples or (tuple(tokens), tuple(named)) in seen:
             return None, "duplicate"
         if near_duplicates:
             mine = set(tokens)
@@ -366,13 +380,11 @@ def sentence_checker(names, synonyms, words=(4, 40), language="English", near_du
         return named, None
 
     def remember(text, columns):
-        seen.add(tuple(key(text)))
+        tokens = tokens_of(text)
+        seen.add((tuple(tokens), tuple(columns)))
         if near_duplicates:
-            by_labels[tuple(columns)].append(set(key(text)))
+            by_labels[tuple(columns)].append(set(tokens))
 
-    for _, answers in SENTENCE_EXAMPLES:
-        for answer in answers:
-            seen.add(tuple(key(answer)))
     return check, remember
 
 
@@ -412,10 +424,7 @@ class Journal:
             content = content[:content.rfind(b"\n") + 1]
             os.truncate(self.path, len(content))
             say(f"{self.path.name}: its last line was torn and is cut off")
-        try:
-            stored, *self.records = [json.loads(line) for line in content.splitlines()] or [None]
-        except ValueError:
-            raise UsageError(f"{self.path}: damaged; move it and {self.out.name} away, or add --overwrite") from None
+        stored, *self.records = read_journal(self.path) or [None]
         if stored is None:
             self._write(self.journal, json.dumps(settings, ensure_ascii=False) + "\n")
         else:
@@ -429,7 +438,8 @@ class Journal:
         # bring the text file to what the journal says: what is missing is added, a torn last line completed
         self.kept = [entry for record in self.records for entry in record.get("kept", [])]
         have = self.out.read_bytes()
-        wanted = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.kept[:max(count, have.count(b"\n"))]).encode()
+        there = have.count(b"\n") + (not have.endswith(b"\n"))
+        wanted = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.kept[:max(count, there)]).encode()
         if not wanted.startswith(have):
             raise UsageError(f"{self.out}: is not what {self.path.name} says (changed by hand?); move it away to have it made again, or choose another --out")
         self._write(self.texts, wanted[len(have):].decode())
@@ -445,7 +455,6 @@ class Journal:
     def add(self, record):
         """Keep what came of one request: first in the journal, then in the text file, at once."""
         self._write(self.journal, json.dumps(record, ensure_ascii=False) + "\n")
-        self.records.append(record)
         for entry in record.get("kept", []):
             if len(self.kept) < self.count:
                 self._write(self.texts, json.dumps(entry, ensure_ascii=False) + "\n")
@@ -459,6 +468,19 @@ class Journal:
 
 def journal_path(out):
     return Path(f"{out}.journal")
+
+
+def read_journal(path):
+    """A journal's whole lines -> list of dict. Raises UsageError for anything else."""
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        for line in lines[1:]:
+            if "partners" not in line:
+                line["request"], line["asked"][0], [(entry["text"], entry["labels"]) for entry in line["kept"]], [entry["why"] for entry in line["rejected"]]
+        assert all(isinstance(line, dict) for line in lines)
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError, AssertionError):
+        raise UsageError(f"{path}: damaged; move it and {path.name.removesuffix('.journal')} away, or add --overwrite") from None
+    return lines
 
 
 # --- the two jobs --------------------------------------------------------------------------------------------------------
@@ -475,27 +497,23 @@ def _in_background(function, *words):
     return future
 
 
-def sentences(names, synonyms, out, count, seed=0, server=None, max_labels=5, per_request=5, temperature=0.9, words=(4, 40), language="English",
+def sentences(names, synonyms, out, count, seed=0, server=None, instruction=SENTENCE_INSTRUCTION, max_labels=5, per_request=5, temperature=0.9, words=(4, 40), language="English",
               co_occurrence=False, patience=200, concurrency=4, overwrite=False, quiet=False):
     """Write up to `count` checked sentences to `out`, JSON lines {"text", "labels"} as data.read_texts takes them; go on where an earlier
     run stopped; stop after `patience` requests in a row without a new sentence. server: a Server, or None for the grammar. -> Journal"""
-    model = server.model if server else "template grammar (no language model)"
-    settings = {"job": "sentences", "model": model, "prompt": sentence_messages(["{labels}"], per_request) if server else [ADJECTIVES, PLACES, PATTERNS],
-                "labels": names, "synonyms": {name: found for name, found in synonyms.items() if found}, "seed": seed, "max_labels": max_labels, "per_request": per_request,
-                "temperature": temperature if server else None, "words": list(words), "language": language, "co_occurrence": co_occurrence,
+    settings = {"job": "sentences", "model": server.model if server else "template grammar (no language model)",
+                "prompt": [sentence_messages([f"{{label {n}}}" for n in range(size)], per_request, instruction) for size in (1, 2)] if server else [ADJECTIVES, PLACES, PATTERNS],
+                "co_occurrence": CO_OCCURRENCE_INSTRUCTION if co_occurrence else None, "labels": names, "synonyms": {name: found for name, found in synonyms.items() if found},
+                "seed": seed, "max_labels": max_labels, "per_request": per_request, "temperature": temperature if server else None, "words": list(words), "language": language,
                 "extra": server.extra if server else {}, "address": server.address if server else None}
     settings = json.loads(json.dumps(settings))
     check, remember = sentence_checker(names, synonyms, words, language, near_duplicates=server is not None)
-    accepted, requested, barren, done, partners = np.zeros(len(names)), np.zeros(len(names)), 0, set(), {}
     column = {name: number for number, name in enumerate(names)}
+    accepted, requested, under_way, barren = np.zeros(len(names)), np.zeros(len(names)), np.zeros(len(names)), 0
 
     def take(record):
         """What a request, new or read from the journal, changes."""
         nonlocal barren
-        if "partners" in record:
-            partners[column[record["co_occurrence"]]] = [column[name] for name in record["partners"]]
-            return
-        done.add(record["request"])
         requested[column[record["asked"][0]]] += 1
         barren = 0 if record["kept"] else barren + 1
         for entry in record["kept"]:
@@ -504,52 +522,74 @@ def sentences(names, synonyms, out, count, seed=0, server=None, max_labels=5, pe
     def ask(number, asked):
         if server is None:
             return template([names[c] for c in asked], per_request, np.random.default_rng((seed, number, 1)), synonyms), False
-        return server.chat(sentence_messages([names[c] for c in asked], per_request), temperature, 60 + 40 * per_request, seed * 1000003 + number)
+        return server.chat(sentence_messages([names[c] for c in asked], per_request, instruction), temperature, 60 + 40 * per_request, seed * 1000003 + number)
+
+    def judge(number, asked, future):
+        """-> the record of a request that has been answered"""
+        kept, rejected = [], []
+        try:
+            answer, cut = future.result()
+        except Declined as error:
+            answer, cut, rejected = "", False, [{"text": "", "why": f"declined: {error}"}]
+        for text in clean(answer, cut) or ([""] if not rejected else []):
+            columns, why = check(text, asked) if text else (None, "empty answer")
+            if why:
+                rejected.append({"text": text[:500], "why": why})
+            else:
+                remember(text, columns)
+                kept.append({"text": text, "labels": [names[c] for c in columns]})
+        return {"request": number, "asked": [names[c] for c in asked], "kept": kept, "rejected": rejected}
 
     with contextlib.closing(Journal(out, settings, count, overwrite)) as journal:
-        for record in journal.records:
-            take(record)
-        for entry in journal.kept:
-            remember(entry["text"], [column[name] for name in entry["labels"]])
         if len(journal.kept) >= count:
             say(f"{out}: finished already")
             return journal
+        for entry in journal.kept:
+            remember(entry["text"], [column[name] for name in entry["labels"]])
+        answered = {record["request"]: record for record in journal.records if "request" in record}
+        partners = {record["co_occurrence"]: record["partners"] for record in journal.records if "partners" in record}
         if co_occurrence:
-            for record in _co_occurrence(names, synonyms, server, seed, set(partners), concurrency):
+            for record in _co_occurrence(names, synonyms, server, seed, partners, concurrency):
                 journal.add(record)
-                take(record)
-        fresh = (number for number in itertools.count() if number not in done)
-        waiting, declined = collections.deque(), 0
+                partners[record["co_occurrence"]] = record["partners"]
+        beside = [[column[other] for other in partners[name]] for name in names] if co_occurrence else None
+        # Answers are taken in the order of the requests, and a label set depends only on answers taken before, so that a server's speed
+        # and an interruption change nothing. Some requests are drawn ahead: a slow one must not idle the others.
+        ahead, fresh, declined = collections.deque(), itertools.count(), 0
         with tqdm(total=count, initial=len(journal.kept), unit="sentence", disable=quiet or not sys.stderr.isatty()) as bar:
             while len(journal.kept) < count and barren < patience:
-                while len(waiting) < (concurrency if server else 1):
+                while len(ahead) < (4 * concurrency if server else 1):
                     number = next(fresh)
-                    asked = choose(number, seed, accepted, requested, max_labels, [partners.get(c, []) for c in range(len(names))] if co_occurrence else None)
-                    waiting.append((number, asked, _in_background(ask, number, asked)))
-                number, asked, future = waiting.popleft()
-                try:
-                    answer, cut = future.result()
-                except Declined as error:  # not journalled: a later run asks again
-                    declined += 1
-                    say(f"{server.address} declined the request for {', '.join(names[c] for c in asked)} ({error})")
-                    if declined >= max(3, concurrency):
-                        raise UsageError(f"{server.address} declined {declined} requests in a row ({error}); --request-options changes what is sent") from None
+                    asked = choose(number, seed, accepted + requested / 3 + under_way * per_request, max_labels, beside)
+                    if number in answered:
+                        asked = [column[name] for name in answered[number]["asked"]]
+                    under_way[asked[0]] += 1
+                    ahead.append([number, asked, None])
+                number, asked, future = ahead[0]
+                if number in answered:
+                    under_way[ahead.popleft()[1][0]] -= 1
+                    take(answered[number])
                     continue
-                declined = 0
-                kept, rejected = [], []
-                for text in clean(answer, cut) or [""]:
-                    columns, why = check(text, asked) if text else (None, "empty answer")
-                    if why:
-                        rejected.append({"text": text[:500], "why": why})
-                    else:
-                        remember(text, columns)
-                        kept.append({"text": text, "labels": [names[c] for c in columns]})
-                record = {"request": number, "asked": [names[c] for c in asked], "kept": kept, "rejected": rejected}
+                running = [future for _, _, future in ahead if future and not future.done()]
+                for request in ahead:
+                    if request[2] is None and request[0] not in answered and len(running) < (concurrency if server else 1):
+                        request[2] = _in_background(ask, *request[:2])
+                        running.append(request[2])
+                future = ahead[0][2]
+                if not future.done():
+                    wait(running, return_when=FIRST_COMPLETED)
+                    continue
+                under_way[ahead.popleft()[1][0]] -= 1
+                record = judge(number, asked, future)
                 journal.add(record)
                 take(record)
-                bar.update(min(len(kept), count - bar.n))
-        if barren >= patience:
-            say(f"nothing new came from the last {barren} requests: stopped with {len(journal.kept):,} of {count:,} sentences (--patience goes on for longer)")
+                bar.update(min(len(record["kept"]), count - bar.n))
+                why = record["rejected"][0]["why"] if record["rejected"] else ""
+                declined = declined + 1 if why.startswith("declined: ") else 0
+                if declined >= 10:
+                    raise UsageError(f"{server.address} declined {declined} requests in a row ({why.removeprefix('declined: ')}); --request-options changes what is sent")
+    if barren >= patience:
+        say(f"nothing new came from the last {barren} requests: stopped with {len(journal.kept):,} of {count:,} sentences (--patience goes on for longer)")
     return journal
 
 
@@ -557,7 +597,7 @@ def _co_occurrence(names, synonyms, server, seed, known, concurrency):
     """Which labels the model says are seen together (L3), asked once a label. -> yields records for the journal"""
     find = data.noun_finder(names, synonyms)
     waiting = collections.deque()
-    todo = collections.deque(c for c in range(len(names)) if c not in known)
+    todo = collections.deque(c for c, name in enumerate(names) if name not in known)
     while todo or waiting:
         while todo and len(waiting) < concurrency:
             c = todo.popleft()
@@ -566,46 +606,48 @@ def _co_occurrence(names, synonyms, server, seed, known, concurrency):
         c, future = waiting.popleft()
         try:
             answer = future.result()[0]
-        except Declined as error:
-            raise UsageError(f"{server.address} declined to say what is seen with {names[c]} ({error}); leave --co-occurrence out") from None
+        except Declined:
+            answer = ""  # nothing known: its partners are drawn uniformly
         found = [column for column, _, _ in find(answer) if column not in (None, c)]
         yield {"co_occurrence": names[c], "partners": [names[column] for column in dict.fromkeys(found)][:8]}
 
 
-def descriptions(names, synonyms, out, server, seed=0, temperature=0.7, attempts=5, words=(6, 40), language="English", concurrency=4, overwrite=False, quiet=False):
+def descriptions(names, synonyms, out, server, seed=0, instruction=DESCRIPTION_INSTRUCTION, temperature=0.7, attempts=5, words=(6, 40), language="English", concurrency=4, overwrite=False, quiet=False):
     """One checked sentence a label, in SSPA's manner -> {name: sentence}, written to `out` after every label, in the form that
     data.read_descriptions takes. Labels whose answers fail all attempts stay out: sspa.py falls back to its template there."""
     out = Path(out)
-    settings = {"source": f"written by {server.model} to the prompt below", "prompt": "\n".join(turn["content"] for turn in description_messages("{label}")) + "\nA:"}
+    settings = {"source": f"written by {server.model} to the prompt below", "prompt": "\n".join(turn["content"] for turn in description_messages("{label}", instruction)) + "\nA:"}
     stored = {} if overwrite or not out.exists() else data.read_json(out, "description file")
-    if stored and (not isinstance(stored, dict) or any(stored.get(name) != value for name, value in settings.items()) or not isinstance(stored.get("descriptions"), dict)):
+    if stored != {} and not (isinstance(stored, dict) and all(stored.get(name) == value for name, value in settings.items()) and isinstance(stored.get("descriptions"), dict)
+                             and isinstance(stored.get("rejected"), list)):
         raise UsageError(f"{out}: was not made with this prompt and model ({server.model}); choose another --out, or add --overwrite")
     found, rejected = dict(stored.get("descriptions", {})), list(stored.get("rejected", []))
     check, _ = sentence_checker(names, synonyms, words, language, near_duplicates=False)
 
-    def ask(c):
+    def ask(c, earlier):
         turned_down = []
-        for attempt in range(attempts):
-            answer, cut = server.chat(description_messages(names[c]), temperature, 120, (seed * 1000003 + c) * attempts + attempt)
-            lines = clean(re.sub(r"^\s*A:", "", answer.strip()), cut)
-            text = lines[0] if lines else ""
-            _, why = check(text, [c]) if text else (None, "empty answer")
+        for attempt in range(earlier, earlier + attempts):  # another seed than in an earlier run
+            try:
+                answer, cut = server.chat(description_messages(names[c], instruction), temperature, 120, (seed * 1000003 + c) * 1009 + attempt)
+                text = (clean(re.sub(r"^\s*A:", "", answer), cut) or [""])[0]
+                why = check(text, [c])[1] if text else "empty answer"
+            except Declined as error:
+                text, why = "", f"declined: {error}"
             if why is None:
                 return text, turned_down
             turned_down.append({"label": names[c], "text": text[:500], "why": why})
         return None, turned_down
 
     waiting, todo = collections.deque(), collections.deque(c for c in range(len(names)) if names[c] not in found)
+    if not todo:
+        say(f"{out}: finished already")
     with tqdm(total=len(todo), unit="label", disable=quiet or not sys.stderr.isatty()) as bar:
         while todo or waiting:
             while todo and len(waiting) < concurrency:
                 c = todo.popleft()
-                waiting.append((c, _in_background(ask, c)))
+                waiting.append((c, _in_background(ask, c, sum(entry.get("label") == names[c] for entry in rejected if isinstance(entry, dict)))))
             c, future = waiting.popleft()
-            try:
-                text, turned_down = future.result()
-            except Declined as error:
-                raise UsageError(f"{server.address} declined the question about {names[c]} ({error}); --request-options changes what is sent") from None
+            text, turned_down = future.result()
             rejected += turned_down
             if text:
                 found[names[c]] = text
@@ -624,15 +666,16 @@ def report(path, seed=0):
         if line.strip():
             try:
                 entry = json.loads(line)
-                entries.append((str(entry["text"]), list(entry["labels"])))
-            except (ValueError, KeyError, TypeError):
+                entries.append((entry["text"], entry["labels"]))
+                if not (isinstance(entry["text"], str) and isinstance(entry["labels"], list) and all(isinstance(label, str) for label in entry["labels"])):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UsageError(f'text file {path}, line {number}: must be {{"text": ..., "labels": [...]}}') from None
     if not entries:
         raise UsageError(f"text file {path}: holds no sentence")
-    settings, names = {}, list(dict.fromkeys(label for _, labels in entries for label in labels))
-    lines = [f"{path}: {len(entries):,} sentences"]
+    names, lines = list(dict.fromkeys(label for _, labels in entries for label in labels)), [f"{path}: {len(entries):,} sentences"]
     if journal_path(path).is_file():
-        settings, *records = [json.loads(line) for line in journal_path(path).read_bytes().split(b"\n")[:-1]] or [{}]
+        settings, *records = read_journal(journal_path(path)) or [{}]
         records = [record for record in records if "request" in record]
         names = settings.get("labels", names)
         kept, why = sum(len(r["kept"]) for r in records), collections.Counter(x["why"].split(":")[0] for r in records for x in r["rejected"])
@@ -643,7 +686,7 @@ def report(path, seed=0):
         lines += [f"    rejected: {reason:<18}{number:>7,}" for reason, number in why.most_common()]
     together = collections.Counter(pair for _, labels in entries for pair in itertools.permutations(sorted(set(labels)), 2))
     count, alone = collections.Counter(label for _, labels in entries for label in set(labels)), collections.Counter(labels[0] for _, labels in entries if len(labels) == 1)
-    width = min(40, max(len("label"), *(len(name) for name in names))) + 2
+    width = min(40, max(len(name) for name in ["label", *names])) + 2
     lines += ["", f"{'label':<{width}}{'sentences':>9}{'alone':>7}  most often with"]
     for name in names:
         beside = sorted((-number, other) for (one, other), number in together.items() if one == name)[:3]
@@ -693,14 +736,20 @@ def parse(words=None):
     choices.add_argument("--words", type=int, nargs=2, metavar=("MIN", "MAX"), help="L6 length (default 4 40; descriptions 6 40)")
     choices.add_argument("--language", choices=("English", "any"), default="English", help="L6 any: not checked")
     choices.add_argument("--patience", type=int, default=200, help="stop after this many requests in a row without a new sentence (default 200)")
+    choices.add_argument("--instruction", metavar="TEXT", help="L9 how a request begins, instead of SENTENCE_INSTRUCTION or DESCRIPTION_INSTRUCTION")
     options = parser.parse_args(words)
     for name, low in (("count", 0), ("seed", 0), ("concurrency", 1), ("tries", 1), ("max_labels", 1), ("per_request", 1), ("patience", 1)):
         if getattr(options, name) < low:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {low}")
-    if not options.timeout > 0 or not options.retry_wait >= 0 or not math.isfinite(options.timeout + options.retry_wait):
-        parser.error("--timeout must be above 0 and --retry-wait not below 0")
+    if not 0 < options.timeout <= 86400 or not 0 <= options.retry_wait <= 3600:
+        parser.error("--timeout must be above 0 and at most a day, --retry-wait at least 0 and at most an hour")
     if options.words and not 1 <= options.words[0] <= options.words[1]:
         parser.error(f"--words {options.words[0]} {options.words[1]}: the first must be at least 1 and not above the second")
+    unused = (["model", "concurrency", "timeout", "tries", "retry_wait", "request_options", "temperature", "instruction"] if options.llm == "template" else []) + \
+        (["count", "report", "max_labels", "per_request", "patience", "co_occurrence"] if options.job == "descriptions" else [])
+    unused = [f"--{name.replace('_', '-')}" for name in unused if getattr(options, name) != parser.get_default(name)]
+    if unused and not (options.job == "sentences" and options.co_occurrence):
+        say(f"not used here: {', '.join(unused)}{' (no --llm was given)' if options.llm == 'template' else ''}")
     return options
 
 
@@ -746,7 +795,7 @@ def main(words=None):
         raise UsageError(f"{'descriptions' if options.job == 'descriptions' else '--co-occurrence'}: a grammar knows nothing of the things; give a language model, such as --llm http://localhost:8080/v1")
     else:
         say("--llm template: sentences of a fixed grammar, no language model")
-    more = {name: getattr(options, name) for name in ("temperature", "words") if getattr(options, name) is not None}
+    more = {name: getattr(options, name) for name in ("temperature", "words", "instruction") if getattr(options, name) is not None}
     if options.job == "descriptions":
         found = descriptions(names, synonyms, out, server, options.seed, language=options.language, concurrency=options.concurrency, overwrite=options.overwrite, quiet=options.quiet, **more)
         missing = [name for name in names if name not in found]
@@ -754,11 +803,11 @@ def main(words=None):
             say(f"no usable description of {', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}: the template stands alone there; the same command tries again")
         print(f"{out}: {len(names) - len(missing)} of {len(names)} labels described")
         return
-    journal = sentences(names, synonyms, out, options.count, options.seed, server, options.max_labels, options.per_request, language=options.language, co_occurrence=options.co_occurrence,
-                        patience=options.patience, concurrency=options.concurrency, overwrite=options.overwrite, quiet=options.quiet, **more)
+    journal = sentences(names, synonyms, out, options.count, options.seed, server, max_labels=options.max_labels, per_request=options.per_request, language=options.language,
+                        co_occurrence=options.co_occurrence, patience=options.patience, concurrency=options.concurrency, overwrite=options.overwrite, quiet=options.quiet, **more)
     if not journal.kept:
         raise UsageError(f"{out}: no sentence passed the checks; {journal.path} says why, sentence by sentence")
-    print(report(out, options.seed) if options.report else f"{out}: {min(len(journal.kept), max(options.count, 0)):,} sentences")
+    print(report(out, options.seed) if options.report else f"{out}: {out.read_bytes().count(10):,} sentences")
 
 
 def run(words=None):
@@ -767,6 +816,9 @@ def run(words=None):
         main(words)
         sys.stdout.flush()
         return 0
+    except Declined as error:  # where no other request could pass
+        say(f"{Path(__file__).name}: the server declines ({error})")
+        return 2
     except UsageError as error:
         say(f"{Path(__file__).name}: {error}")
         return 2
@@ -775,9 +827,13 @@ def run(words=None):
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:
+        say(f"{Path(__file__).name}: {error}")
+        return 2
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # labels of any script
     code = run()
     sys.stderr.flush()
     os._exit(code)  # requests still under way sit in threads that nobody waits for

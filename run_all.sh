@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash run_all.sh demo    sets up what is missing, trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
-# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL [--model NAME]] [--count N] [options of adapter_rp.py]
+# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--count N] [options of llm_text.py and adapter_rp.py]
 #                         from a list of label names to tagged photos: sentences for the labels, an adapter, one JSON line a photo
 # bash run_all.sh test    sets up what is missing, runs the test suite
 # An active virtual environment is used as it is; otherwise .venv is made here. pip's own settings (PIP_INDEX_URL,
@@ -64,41 +64,51 @@ EOF
         absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
         words="$(absolute "$2")" photos="$(absolute "$3")"
         shift 3
-        llm=(--quiet) adapter=(--quiet) backbone=ViT-B-32 pretrained=openai url=template model=
+        llm=(--quiet) identity='' adapter=(--quiet) backbone=ViT-B-32 pretrained=openai url=template
         while [ $# -gt 0 ]; do
-            case "$1" in
-                --llm) url="${2:-}"; llm+=("$1" "$url"); shift ;;
-                --model) model="${2:-}"; llm+=("$1" "$model"); shift ;;
-                --count | --concurrency | --timeout | --request-options | --max-labels) llm+=("$1" "${2:-}"); shift ;;
-                --backbone) backbone="${2:-}"; shift ;;
-                --pretrained) pretrained="${2:-}"; shift ;;
-                --texts | --captions | --labels | --predict | --dataset | --output) echo "run_all.sh tag: $1 is chosen here; use adapter_rp.py for that" >&2; exit 2 ;;
-                *) adapter+=("$1") ;;
+            name="${1%%=*}" value="${2:-}" taken=2
+            case "$1" in --*=*) value="${1#*=}" taken=1 ;; esac
+            case "$name" in
+                --llm) url="$value" llm+=(--llm "$value") identity+=" $name $value" ;;
+                --model | --request-options | --max-labels | --per-request | --temperature | --language | --instruction) llm+=("$name" "$value") identity+=" $name $value" ;;
+                --synonyms) value="$(absolute "$value")" llm+=("$name" "$value") identity+=" $name $value" ;;
+                --count | --concurrency | --timeout | --tries | --retry-wait | --patience) llm+=("$name" "$value") ;;
+                --co-occurrence) llm+=("$name") identity+=" $name" taken=1 ;;
+                --overwrite) llm+=("$name") taken=1 ;;
+                --backbone) backbone="$value" ;;
+                --pretrained) pretrained="$value" ;;
+                --texts | --captions | --labels | --predict | --dataset | --output | --checkpoint) echo "run_all.sh tag: $name is chosen here; use adapter_rp.py for that" >&2; exit 2 ;;
+                *) adapter+=("$1") taken=1 ;;
             esac
-            [ $# -gt 0 ] && shift
+            shift $(( taken < $# ? taken : $# ))
         done
-        if [ "$url" = template ]; then echo "no --llm: template sentences, written by a fixed grammar and not by a language model" >&2; else echo "sentences by the language model at $url" >&2; fi
+        if [ "$url" = template ]; then echo "no --llm: template sentences, written by a fixed grammar and not by a language model" >&2; else echo "sentences by the language model at ${url##*@}" >&2; fi
         set_up
-        clip=(--backbone "$backbone")
-        [ "$backbone" = scenes ] || clip+=(--pretrained "$pretrained")
-        # labels, photos and weights are looked at before a model writes for an hour
-        python - "$words" "$photos" "$backbone" "$pretrained" << 'EOF'
+        # one folder for one label list and one author: another list begins a new one, the same goes on
+        folder="runs/tag/$( { cat -- "$words" 2> /dev/null || true; echo "$identity"; } | cksum | cut -d ' ' -f 1)"
+        adapter=(--backbone "$backbone" --labels "$words" --texts "$folder/texts.jsonl" --predict "$photos" --output "$folder/rp-$backbone" --overwrite "${adapter[@]}")
+        [ "$backbone" = scenes ] || adapter+=(--pretrained "$pretrained")
+        # options, labels, photos and weights are looked at before a model writes for an hour
+        python - "$words" "$photos" "$url" "${adapter[@]}" << 'EOF'
 import sys
 
+import adapter_rp
 import data
+import llm_text
 
-words, photos, backbone, pretrained = sys.argv[1:]
+words, photos, url, *adapter = sys.argv[1:]
+config = adapter_rp.parse(adapter)
 try:
     data.read_labels(words), data.list_photos(photos)
-    data.load_clip(backbone, None if backbone == "scenes" else pretrained)
+    if url != "template":
+        llm_text.Server(url, "any")
+    data.load_clip(config.backbone, config.pretrained)
 except data.UsageError as error:
     data.say(f"run_all.sh tag: {error}")
     sys.exit(2)
 EOF
-        # one folder for one label list and one author: another list begins a new one, the same goes on
-        folder="runs/tag/$( { cat "$words"; echo "$url $model"; } | cksum | cut -d ' ' -f 1)"
         python llm_text.py sentences --labels "$words" --out "$folder/texts.jsonl" "${llm[@]}" >&2
-        python adapter_rp.py "${clip[@]}" --labels "$words" --texts "$folder/texts.jsonl" --predict "$photos" --output "$folder/rp-$backbone" "${adapter[@]}"
+        python adapter_rp.py "${adapter[@]}"
         echo "texts: $folder/texts.jsonl   pictures: $folder/rp-$backbone/predictions.png" >&2
         ;;
     test)

