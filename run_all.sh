@@ -97,8 +97,8 @@ import data
 import llm_text
 
 words, photos, url, *adapter = sys.argv[1:]
-config = adapter_rp.parse(adapter)
 try:
+    config = adapter_rp.parse(adapter)
     data.read_labels(words), data.list_photos(photos)
     if url != "template":
         llm_text.Server(url, "any")

@@ -651,7 +651,7 @@ def test_tag_with_a_language_model_twice(tmp_path, cache):
 @pytest.mark.parametrize("words, said", [
     (["words.txt"], "needs a label file and a folder of photos"), (["none.txt", "a.png"], "no such file"), (["words.txt", "none"], "no such file or folder"),
     (["words.txt", "a.png", "--llm", "http://me:secret@h/v1"], "must not hold a user"), (["words.txt", "a.png", "--nonsense", "--backbone", "scenes"], "unrecognized arguments: --nonsense"),
-    (["words.txt", "a.png", "--output=x"], "--output is chosen here"), (["words.txt", "a.png", "--backbone", "ViT-B-9"], "unknown; did you mean"),
+    (["words.txt", "a.png", "--backbone", "scenes", "--epochs", "0"], "must be 1 or more"), (["words.txt", "a.png", "--output=x"], "--output is chosen here"), (["words.txt", "a.png", "--backbone", "ViT-B-9"], "unknown; did you mean"),
     (["words.txt", "a.png", "--pretrained", "laion2b_s34b_b79k"], "put it at")])
 def test_tag_mistakes(tmp_path, words, said):
     """Found before a sentence is written; without network or weights, what to put where."""
