@@ -87,8 +87,10 @@ def read_text(path, what):
     try:
         content = path.read_bytes()
         return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"{what} {path}: cannot be read as UTF-8 text ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"{what} {path}: cannot be read ({error})") from None
 
 
 def read_json(path, what):
@@ -131,7 +133,11 @@ def check_names(names, source):
 
 def read_labels(path):
     """A label file, one name a line (UTF-8, blank lines skipped) -> list of str. Raises UsageError: missing, empty, duplicates."""
-    return check_names([line.strip() for line in read_text(path, "label file").split("\n") if line.strip()], f"label file {path}")
+    names = check_names([line.strip() for line in read_text(path, "label file").split("\n") if line.strip()], f"label file {path}")
+    odd = [name for name in names if name[0] in "#-*" or "," in name]
+    if odd:
+        say(f"{path}: '{odd[0]}' is taken as a label, word by word; one name a line, without marks and commas")
+    return names
 
 
 def synonyms_of(names, dataset=None):

@@ -211,6 +211,16 @@ class Server:
             raise UsageError(f"{self.address}: serves {'several models; choose one' if models else 'no model'} with --model ({self._shown(', '.join(models))})")
         return models[0]
 
+    def check_model(self):
+        """One line if the server lists its models and this is not among them: some take any name and answer with what they have."""
+        try:
+            with self.opener.open(urllib.request.Request(self.address + "/models", headers={"Authorization": f"Bearer {self.key}"} if self.key else {}), timeout=min(10, self.timeout)) as answer:
+                models = [str(entry["id"]) for entry in json.loads(self._read(answer, time.monotonic() + 10))["data"]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, http.client.HTTPException):
+            return  # it does not say, or is not there: the first request will tell
+        if models and not any(name == self.model or name.startswith(f"{self.model}:") for name in models):
+            say(f"{self.address}: does not list a model {self.model} (it lists {self._shown(', '.join(models))}); that name is recorded as the author all the same")
+
     def chat(self, messages, temperature, max_tokens, seed):
         """One answer -> (text, whether it was cut at max_tokens). Raises as _exchange."""
         def parse(answer):
@@ -302,9 +312,9 @@ class Server:
 # --- cleaning and checking -----------------------------------------------------------------------------------------------
 
 CUT_OUT = "\ufffc"  # stands where a label was, so that the label's own words are free: "sentence" may be a label
-CHATTER = re.compile(r"^(sure\b|certainly|of course|okay|here (are|is|'s) .*(sentence|caption|example|list|photo)|note\b|as an ai|i hope|i'm sorry|i can|let me|please|thank|labels?\b)"
-                     r"|\b(sentences?|captions?|language model|as an ai)\b|https?:|[][(){}<>|#*_=\\:]|\?$", re.I)
-NEGATION = re.compile(r"\b(no|not|none|never|nobody|nothing|without|cannot)\b|n't\b", re.I)
+CHATTER = re.compile(r"^(sure\b|certainly|of course|okay|here (are|is|'s) .*(sentence|caption|example|list|photo)|note\b|as an ai|i hope|i'm sorry|i can|let me|please|thank|labels?\b|write\b|ignore\b|the user\b|i am\b)"
+                     r"|\b(sentences?|captions?|language model|as an ai)\b|https?:|\x22\s*,\s*\x22|[][(){}<>|#*_=\\:]|\?$", re.I)
+NEGATION = re.compile(r"\b(no|not|none|neither|nor|never|nobody|nothing|without|cannot|unable|missing|absent|lacks?|lacking|free of)\b|n't\b", re.I)
 UNFINISHED = re.compile(r"[,;-]$|(\.\.\.|…)$|\b(a|an|the|and|or|of|with|his|her|its|their)[\s.,!]*$", re.I)
 FUNCTION_WORDS = frozenset("a an the of on at by to with and is are has its his their near next under over from for while there this that two three some across through "
                            "behind beside around along into off out up down in".split())
@@ -390,6 +400,17 @@ def sentence_checker(names, synonyms, words=(4, 40), language="English", near_du
 
 # --- what is kept --------------------------------------------------------------------------------------------------------
 
+def _lock(file, out):
+    """Hold an open file until it is closed or the process ends. Raises UsageError if another run holds it."""
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass  # Windows: two runs at once are not noticed
+    except OSError:
+        raise UsageError(f"{out}: another run is writing it; wait for it, or choose another --out") from None
+
+
 class Journal:
     """texts.jsonl.journal: a line of settings (prompt and model among them), then a line a request, with what was accepted and what was
     rejected and why. texts.jsonl holds the accepted sentences, at most `count`, and can be made again from the journal at any time.
@@ -409,13 +430,7 @@ class Journal:
             self.journal, self.texts = open(self.path, "ab", buffering=0), open(self.out, "ab", buffering=0)
         except OSError as error:
             raise UsageError(f"cannot write {self.out}: {error.strerror or error}; choose another --out") from None
-        try:
-            import fcntl
-            fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # Windows: two runs at once are not noticed
-        except OSError:
-            raise UsageError(f"{self.out}: another run is writing it; wait for it, or choose another --out") from None
+        _lock(self.journal, self.out)
         if overwrite:
             for path in (self.out, self.path):
                 os.truncate(path, 0)
@@ -466,6 +481,10 @@ class Journal:
         self.texts.close()
 
 
+def out_count(out):
+    return Path(out).read_bytes().count(b"\n")
+
+
 def journal_path(out):
     return Path(f"{out}.journal")
 
@@ -484,6 +503,22 @@ def read_journal(path):
 
 
 # --- the two jobs --------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def _alone(out):
+    """A lock beside a file that is replaced as a whole. Raises UsageError while another run has it."""
+    lock = Path(f"{out}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with open(lock, "ab") as file:
+            _lock(file, out)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+    except PermissionError as error:
+        raise UsageError(f"cannot write {out}: {error.strerror}; choose another --out") from None
+
 
 def _in_background(function, *words):
     """A Future from a daemon thread: Ctrl-C does not wait for a server's answer, as an executor's threads would make it."""
@@ -542,8 +577,10 @@ def sentences(names, synonyms, out, count, seed=0, server=None, instruction=SENT
 
     with contextlib.closing(Journal(out, settings, count, overwrite)) as journal:
         if len(journal.kept) >= count:
-            say(f"{out}: finished already")
+            say(f"{out}: finished already, it holds {out_count(out):,} sentences")
             return journal
+        if server:
+            server.check_model()
         for entry in journal.kept:
             remember(entry["text"], [column[name] for name in entry["labels"]])
         answered = {record["request"]: record for record in journal.records if "request" in record}
@@ -553,8 +590,9 @@ def sentences(names, synonyms, out, count, seed=0, server=None, instruction=SENT
                 journal.add(record)
                 partners[record["co_occurrence"]] = record["partners"]
         beside = [[column[other] for other in partners[name]] for name in names] if co_occurrence else None
-        # Answers are taken in the order of the requests, and a label set depends only on answers taken before, so that a server's speed
-        # and an interruption change nothing. Some requests are drawn ahead: a slow one must not idle the others.
+        # Answers are taken in the order of the requests, and a label set depends only on answers taken before: with a server that answers
+        # the same request alike (not all do), its speed and an interruption change nothing. Some requests are drawn ahead: a slow one
+        # must not idle the others.
         ahead, fresh, declined = collections.deque(), itertools.count(), 0
         with tqdm(total=count, initial=len(journal.kept), unit="sentence", disable=quiet or not sys.stderr.isatty()) as bar:
             while len(journal.kept) < count and barren < patience:
@@ -616,13 +654,15 @@ def descriptions(names, synonyms, out, server, seed=0, instruction=DESCRIPTION_I
     """One checked sentence a label, in SSPA's manner -> {name: sentence}, written to `out` after every label, in the form that
     data.read_descriptions takes. Labels whose answers fail all attempts stay out: sspa.py falls back to its template there."""
     out = Path(out)
-    settings = {"source": f"written by {server.model} to the prompt below", "prompt": "\n".join(turn["content"] for turn in description_messages("{label}", instruction)) + "\nA:"}
+    settings = {"source": f"written by {server.model} to the prompt below", "prompt": "\n".join(turn["content"] for turn in description_messages("{label}", instruction)) + "\nA:",
+                "settings": {"seed": seed, "temperature": temperature, "words": list(words), "language": language, "extra": server.extra}}
     stored = {} if overwrite or not out.exists() else data.read_json(out, "description file")
     if stored != {} and not (isinstance(stored, dict) and all(stored.get(name) == value for name, value in settings.items()) and isinstance(stored.get("descriptions"), dict)
                              and isinstance(stored.get("rejected"), list)):
-        raise UsageError(f"{out}: was not made with this prompt and model ({server.model}); choose another --out, or add --overwrite")
+        raise UsageError(f"{out}: was not made with this prompt, model ({server.model}) and settings; choose another --out, or add --overwrite")
     found, rejected = dict(stored.get("descriptions", {})), list(stored.get("rejected", []))
     check, _ = sentence_checker(names, synonyms, words, language, near_duplicates=False)
+    find = data.noun_finder(names, synonyms)
 
     def ask(c, earlier):
         turned_down = []
@@ -631,6 +671,8 @@ def descriptions(names, synonyms, out, server, seed=0, instruction=DESCRIPTION_I
                 answer, cut = server.chat(description_messages(names[c], instruction), temperature, 120, (seed * 1000003 + c) * 1009 + attempt)
                 text = (clean(re.sub(r"^\s*A:", "", answer), cut) or [""])[0]
                 why = check(text, [c])[1] if text else "empty answer"
+                if why is None and sum(column == c for column, _, _ in find(text)) > 1:
+                    why = "says the label twice"  # "Tree is a tree with leaves"
             except Declined as error:
                 text, why = "", f"declined: {error}"
             if why is None:
@@ -641,7 +683,9 @@ def descriptions(names, synonyms, out, server, seed=0, instruction=DESCRIPTION_I
     waiting, todo = collections.deque(), collections.deque(c for c in range(len(names)) if names[c] not in found)
     if not todo:
         say(f"{out}: finished already")
-    with tqdm(total=len(todo), unit="label", disable=quiet or not sys.stderr.isatty()) as bar:
+        return found
+    server.check_model()
+    with _alone(out), tqdm(total=len(todo), unit="label", disable=quiet or not sys.stderr.isatty()) as bar:
         while todo or waiting:
             while todo and len(waiting) < concurrency:
                 c = todo.popleft()
@@ -684,6 +728,8 @@ def report(path, seed=0):
         lines += [f"written by {settings.get('model')}, prompt {prompt}, seed {settings.get('seed')}",
                   f"accepted {kept:,} of {returned:,} returned ({100 * kept / max(1, returned):.1f} %), {len(records):,} requests"]
         lines += [f"    rejected: {reason:<18}{number:>7,}" for reason, number in why.most_common()]
+    else:
+        lines.append(f"no {journal_path(path).name} beside it: model, settings and acceptance are not known from here")
     together = collections.Counter(pair for _, labels in entries for pair in itertools.permutations(sorted(set(labels)), 2))
     count, alone = collections.Counter(label for _, labels in entries for label in set(labels)), collections.Counter(labels[0] for _, labels in entries if len(labels) == 1)
     width = min(40, max(len(name) for name in ["label", *names])) + 2
@@ -712,9 +758,9 @@ def parse(words=None):
     parser.add_argument("job", choices=("sentences", "descriptions"))
     parser.add_argument("--labels", metavar="FILE", help="label file, one name a line")
     parser.add_argument("--dataset", choices=tuple(data.DATASET_NAMES), help="instead of --labels: a dataset's own names and synonyms")
-    parser.add_argument("--synonyms", metavar="FILE", help='other words for labels that count as naming them: JSON {"sofa": ["couch", "settee"]}')
+    parser.add_argument("--synonyms", metavar="FILE", help='other words for labels that count as naming them, and under "" phrases that do not: JSON {"sofa": ["couch"], "": ["hot dog"]}')
     parser.add_argument("--out", metavar="FILE", help="default: texts.jsonl, descriptions.json")
-    parser.add_argument("--count", type=int, default=8000, help="sentences wanted (default 8000); 0: make none")
+    parser.add_argument("--count", type=int, default=8000, help="sentences wanted (default 8000); 0: make none, print the report")
     parser.add_argument("--seed", type=int, default=0, help="of label sets, grammar and requests (default 0)")
     parser.add_argument("--report", action="store_true", help="afterwards print what a person needs to judge the sentences")
     parser.add_argument("--overwrite", action="store_true", help="begin anew")
@@ -743,6 +789,8 @@ def parse(words=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {low}")
     if not 0 < options.timeout <= 86400 or not 0 <= options.retry_wait <= 3600:
         parser.error("--timeout must be above 0 and at most a day, --retry-wait at least 0 and at most an hour")
+    if options.temperature is not None and not 0 <= options.temperature <= 5:
+        parser.error(f"--temperature {options.temperature:g}: must lie in 0 to 5")
     if options.words and not 1 <= options.words[0] <= options.words[1]:
         parser.error(f"--words {options.words[0]} {options.words[1]}: the first must be at least 1 and not above the second")
     unused = (["model", "concurrency", "timeout", "tries", "retry_wait", "request_options", "temperature", "instruction"] if options.llm == "template" else []) + \
@@ -755,8 +803,10 @@ def parse(words=None):
 
 def label_list(options):
     """--labels or --dataset, and the synonyms that go with them -> (names, {name: [words]})"""
-    if options.labels and options.dataset or not (options.labels or options.dataset):
-        raise UsageError("give the labels: either --labels FILE (one name a line) or --dataset NAME")
+    if options.labels and options.dataset:
+        raise UsageError("--labels and --dataset exclude each other; give one")
+    if not (options.labels or options.dataset):
+        raise UsageError("give the labels: --labels FILE (one name a line), or --dataset NAME")
     names = data.read_labels(options.labels) if options.labels else list(data.DATASET_NAMES[options.dataset])
     synonyms = data.synonyms_of(names, options.dataset)
     if options.synonyms:
@@ -806,8 +856,9 @@ def main(words=None):
     journal = sentences(names, synonyms, out, options.count, options.seed, server, max_labels=options.max_labels, per_request=options.per_request, language=options.language,
                         co_occurrence=options.co_occurrence, patience=options.patience, concurrency=options.concurrency, overwrite=options.overwrite, quiet=options.quiet, **more)
     if not journal.kept:
-        raise UsageError(f"{out}: no sentence passed the checks; {journal.path} says why, sentence by sentence")
-    print(report(out, options.seed) if options.report else f"{out}: {out.read_bytes().count(10):,} sentences")
+        why = collections.Counter(x["why"] for record in read_journal(journal.path)[1:] for x in record.get("rejected", []))
+        raise UsageError(f"{out}: no sentence passed the checks (most often: {why.most_common(1)[0][0] if why else 'nothing was asked'}); {journal.path} says why, sentence by sentence")
+    print(report(out, options.seed) if options.report else f"{out}: {out_count(out):,} sentences")
 
 
 def run(words=None):

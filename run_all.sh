@@ -9,7 +9,7 @@ set -euo pipefail
 CALLED_FROM="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() { sed -n '2,7s/^# //p' "${BASH_SOURCE[0]}"; }
+usage() { sed -n '2,7s/^# //p' "$PWD/run_all.sh"; }
 
 set_up() {
     if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -60,7 +60,8 @@ EOF
         echo "          runs/demo/sspa/explain/*.png   (where SSPA saw it)      everything else: runs/demo/{rp,sspa}/metrics.json"
         ;;
     tag)
-        [ $# -ge 3 ] || { echo "run_all.sh tag: needs a label file and a folder of photos" >&2; usage >&2; exit 2; }
+        case " $* " in *" -h "* | *" --help "*) usage; echo "the options: python llm_text.py --help, python adapter_rp.py --help"; exit 0 ;; esac
+        case "${2:--}${3:--}" in -* | *-) echo "run_all.sh tag: needs a label file and a folder of photos, before any option" >&2; usage >&2; exit 2 ;; esac
         absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
         words="$(absolute "$2")" photos="$(absolute "$3")"
         shift 3
@@ -73,10 +74,11 @@ EOF
                 --model | --request-options | --max-labels | --per-request | --temperature | --language | --instruction) llm+=("$name" "$value") identity+=" $name $value" ;;
                 --synonyms) value="$(absolute "$value")" llm+=("$name" "$value") identity+=" $name $value" ;;
                 --count | --concurrency | --timeout | --tries | --retry-wait | --patience) llm+=("$name" "$value") ;;
+                --words) llm+=("$1" "${2:-}" "${3:-}") identity+=" $*" taken=3 ;;
                 --co-occurrence) llm+=("$name") identity+=" $name" taken=1 ;;
                 --overwrite) llm+=("$name") taken=1 ;;
                 --backbone) backbone="$value" ;;
-                --pretrained) pretrained="$value" ;;
+                --pretrained) if [ -f "$(absolute "$value")" ]; then value="$(absolute "$value")"; fi; pretrained="$value" ;;
                 --texts | --captions | --labels | --predict | --dataset | --output | --checkpoint) echo "run_all.sh tag: $name is chosen here; use adapter_rp.py for that" >&2; exit 2 ;;
                 *) adapter+=("$1") taken=1 ;;
             esac
@@ -85,8 +87,9 @@ EOF
         if [ "$url" = template ]; then echo "no --llm: template sentences, written by a fixed grammar and not by a language model" >&2; else echo "sentences by the language model at ${url##*@}" >&2; fi
         set_up
         # one folder for one label list and one author: another list begins a new one, the same goes on
-        folder="runs/tag/$( { cat -- "$words" 2> /dev/null || true; echo "$identity"; } | cksum | cut -d ' ' -f 1)"
-        adapter=(--backbone "$backbone" --labels "$words" --texts "$folder/texts.jsonl" --predict "$photos" --output "$folder/rp-$backbone" --overwrite "${adapter[@]}")
+        folder="$PWD/runs/tag/$( { cat -- "$words" 2> /dev/null || true; echo "$identity"; } | cksum | cut -d ' ' -f 1)"
+        output="$folder/$(basename "$photos")-$(echo "$photos $backbone" | cksum | cut -d ' ' -f 1)"
+        adapter=(--backbone "$backbone" --labels "$words" --texts "$folder/texts.jsonl" --predict "$photos" --output "$output" --overwrite "${adapter[@]}")
         [ "$backbone" = scenes ] || adapter+=(--pretrained "$pretrained")
         # options, labels, photos and weights are looked at before a model writes for an hour
         python - "$words" "$photos" "$url" "${adapter[@]}" << 'EOF'
@@ -109,7 +112,7 @@ except data.UsageError as error:
 EOF
         python llm_text.py sentences --labels "$words" --out "$folder/texts.jsonl" "${llm[@]}" >&2
         python adapter_rp.py "${adapter[@]}"
-        echo "texts: $folder/texts.jsonl   pictures: $folder/rp-$backbone/predictions.png" >&2
+        echo "texts: $folder/texts.jsonl   pictures: $output/predictions.png" >&2
         ;;
     test)
         set_up

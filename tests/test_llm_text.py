@@ -53,6 +53,11 @@ def test_clean():
     ("A dogma of the church in town.", "dog", "lacks a label: dog"),
     ("A dog and nothing else in here.", "dog", "negation"),
     ("A bus without a man.", "bus", "negation"),
+    ("Neither the dog nor the cat is in the room.", "dog", "negation"),
+    ("A street free of any dog and people.", "dog", "negation"),
+    ("I am unable to see a dog in the picture", "dog", "chatter"),
+    ("The user wants a dog in the park", "dog", "chatter"),
+    ('A dog in the park", "a dog on the road', "dog", "chatter"),
     ("A dog is.", "dog", "length: 3 words"),
     ("A dog " + "very " * 40 + "near.", "dog", "length: 43 words"),
     ("Sure, here are two sentences about a dog.", "dog", "chatter"),
@@ -409,7 +414,7 @@ def test_asked_twice_and_for_more(words, tmp_path, capsys):
     first = out.read_bytes()
     assert first.count(b"\n") == 50 and template_run(words, out, count=50) == 0
     told = capsys.readouterr()
-    assert "finished already" in told.err and f"{out}: 50 sentences" in told.out and out.read_bytes() == first
+    assert "finished already, it holds 50 sentences" in told.err and f"{out}: 50 sentences" in told.out and out.read_bytes() == first
     assert template_run(words, out, count=30) == 0 and out.read_bytes() == first and "50 sentences" in capsys.readouterr().out  # nothing is taken away
     out.write_bytes(first[:-30])
     assert template_run(words, out, count=30) == 0 and out.read_bytes() == first
@@ -487,7 +492,7 @@ def test_nothing_new(tmp_path, capsys):
     (tmp_path / "one.txt").write_text("sentence of captions\n")
     hopeless.RequestHandlerClass = type("Stubborn", (FaultHandler,), {"answer": lambda self, body: "I cannot do that."})
     assert ask(hopeless, tmp_path / "one.txt", tmp_path / "h.jsonl", "--patience", 5) == 2
-    assert "no sentence passed the checks" in capsys.readouterr().err
+    assert "no sentence passed the checks (most often: " in capsys.readouterr().err
 
 
 # --- bad labels, bad words ----------------------------------------------------------------------------------------------
@@ -513,7 +518,7 @@ def test_labels_handled(tmp_path, label):
 
 def test_usage(words, tmp_path, capsys):
     out = ["--out", str(tmp_path / "t.jsonl")]
-    for extra, said in ((["sentences"], "give the labels"), (["sentences", "--labels", str(words), "--dataset", "scenes"], "give the labels"), (["descriptions", "--labels", str(words)], "a grammar knows nothing"),
+    for extra, said in ((["sentences"], "give the labels"), (["sentences", "--labels", str(words), "--dataset", "scenes"], "exclude each other"), (["descriptions", "--labels", str(words)], "a grammar knows nothing"),
                         (["sentences", "--labels", str(words), "--co-occurrence"], "a grammar knows nothing"), (["sentences", "--labels", str(tmp_path)], "is a folder"),
                         (["sentences", "--labels", str(words), "--out", str(tmp_path / "t.jsonl.gz")], "pack it afterwards"), (["sentences", "--labels", str(words), "--out", str(tmp_path)], "is a folder"),
                         (["sentences", "--labels", str(words), "--request-options", "{"], "not valid JSON"), (["sentences", "--labels", str(words), "--request-options", '{"stream": true}'], "without model"),
@@ -522,7 +527,7 @@ def test_usage(words, tmp_path, capsys):
         assert said in capsys.readouterr().err
     (tmp_path / "syn.json").write_text('{"wolf": ["hound"]}')
     assert llm_text.run(["sentences", "--labels", str(words), *out, "--synonyms", str(tmp_path / "syn.json")]) == 2 and "wolf is not in the label list" in capsys.readouterr().err
-    for bad in (["--count", "-1"], ["--words", "9", "3"], ["--timeout", "0"], ["--nonsense"]):
+    for bad in (["--count", "-1"], ["--words", "9", "3"], ["--timeout", "0"], ["--temperature", "nan"], ["--temperature", "-1"], ["--nonsense"]):
         with pytest.raises(SystemExit) as stop:
             llm_text.run(["sentences", *bad])
         assert stop.value.code == 2
@@ -547,12 +552,25 @@ def test_descriptions(words, tmp_path, capsys):
     with words.open("a") as file:
         file.write("lamp\n")
     assert llm_text.run(command) == 0 and server.asked > asked and set(json.loads(out.read_text())["descriptions"]) == {"dog", "cat", "table", "boat", "lamp"}
-    assert llm_text.run([*command, "--model", "other"]) == 2 and "was not made with this prompt and model" in capsys.readouterr().err
+    for other in (["--model", "other"], ["--temperature", "0.1"]):
+        assert llm_text.run([*command, *other]) == 2 and "was not made with this prompt, model" in capsys.readouterr().err
+    with llm_text._alone(out):
+        with words.open("a") as file:
+            file.write("chair\n")
+        assert llm_text.run(command) == 2 and "another run is writing it" in capsys.readouterr().err
+    assert not (tmp_path / "d.json.lock").exists()
+
+
+def test_a_model_that_the_server_does_not_list(words, tmp_path, capsys):
+    assert ask(FaultServer(models=("tiny:latest", "big")), words, tmp_path / "t.jsonl", "--model", "tiny", count=3) == 0
+    assert "does not list" not in capsys.readouterr().err
+    assert ask(FaultServer(), words, tmp_path / "u.jsonl", "--model", "gpt-nope", count=3) == 0
+    assert "does not list a model gpt-nope (it lists tiny); that name is recorded as the author" in capsys.readouterr().err
 
 
 def test_descriptions_that_never_pass(words, tmp_path, capsys):
     server = FaultServer()
-    server.RequestHandlerClass = type("Stubborn", (FaultHandler,), {"answer": lambda self, body: "A: Dog is an animal with four legs, often found with people." if "dog" in body["messages"][-1]["content"] else "No."})
+    server.RequestHandlerClass = type("Stubborn", (FaultHandler,), {"answer": lambda self, body: "A: Dog is an animal with four legs, often found with people." if "dog" in body["messages"][-1]["content"] else "A: Boat is a boat on the water, often found with people."})
     assert llm_text.run(["descriptions", "--labels", str(words), "--llm", server.address, "--out", str(tmp_path / "d.json")]) == 0
     told = capsys.readouterr()
     assert "no usable description of cat, table, boat" in told.err and "1 of 4 labels described" in told.out
