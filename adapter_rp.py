@@ -83,6 +83,10 @@ class Config:
     data_root: str = option("data", "folder that holds the datasets")
     download: bool = option(False, "fetch voc2007 (870 MB) into --data-root if it is not there")
     difficult: str = option("ignore", "voc2007: labels seen only on difficult objects become", choices=("ignore", "negative", "positive"))
+    unlabelled: str = option("keep", "coco2014, nuswide: photos without any label", choices=("keep", "drop"))
+    validation: str = option("train", "pa100k, peta, mlrsnet: validation photos join training, or are dropped", choices=("train", "drop"))
+    partition: int = option(0, "rapv1, peta: which of the owners' five partitions", choices=(0, 1, 2, 3, 4))
+    split_seed: int = option(0, "mlrsnet, ucm, folder: draws the split where none is published")
     features: str = option(None, "ready-made embeddings, one .npz (layout: data.load_features); replaces --dataset and CLIP", metavar="FILE")
     texts: str = option(None, 'training texts, JSON lines {"text": ..., "labels": [...]}, plain or .gz', metavar="FILE")
     captions: str = option(None, "training texts, COCO captions JSON or one caption a line; labels by noun matching", metavar="FILE")
@@ -504,6 +508,8 @@ def settings_of(config):
             values[name + "_hash"] = hashlib.blake2b(Path(values[name]).read_bytes(), digest_size=8).hexdigest()
     if config.dataset == "scenes" and not config.features:
         values["scenes_hash"] = data.scenes_digest()
+    if config.dataset == "folder":
+        values["folder_hash"] = data.folder_digest(config.data_root)
     return json.dumps(values, sort_keys=True)
 
 
@@ -597,7 +603,12 @@ def names_of(config):
         return data.read_labels(config.labels)
     if config.features:
         return data.load_features(config.features)["label_names"]
-    return list(data.DATASET_NAMES[config.dataset])
+    return data.label_names(config.dataset, config.data_root)
+
+
+def policies_of(config):
+    """What a dataset's loader may be told about doubtful labels and splits."""
+    return {name: getattr(config, name) for name in ("difficult", "unlabelled", "validation", "partition", "split_seed")}
 
 
 def open_clip_of(config, device):
@@ -620,10 +631,10 @@ def load_inputs(config, clip, names, with_texts=True):
         return Inputs(names, torch.from_numpy(arrays["label_embeddings"][columns]), torch.from_numpy(arrays["text_embeddings"][:config.limit][usable]),
                       torch.from_numpy(text_labels[usable]), torch.from_numpy(arrays["image_embeddings"][:config.limit]),
                       arrays["image_labels"][:config.limit, columns], "embeddings in " + Path(config.features).name, "features", "embeddings file", "labels of -1 ignored")
-    own = list(data.DATASET_NAMES[config.dataset])
+    own = data.label_names(config.dataset, config.data_root)
     photos = None  # looked for first: missing data is said before minutes are spent on texts
     if set(names) <= set(own):
-        photos = data.load_photos(config.dataset, config.data_root, "test", config.limit, config.difficult, config.download)
+        photos = data.load_photos(config.dataset, config.data_root, "test", config.limit, config.download, **policies_of(config))
     label_embeddings = data.embed_texts(clip, [f"a photo of a {name}." for name in names], config.cache)
     text_embeddings = text_labels = None
     texts_from = "none"

@@ -8,9 +8,12 @@ Everything a person can get wrong raises UsageError, one line that names the thi
 >>> data.embed_texts(clip, ["a photo of a boat.", "a red car in the snow"]).shape
 torch.Size([2, 96])
 """
+import argparse
+import csv
 import difflib
 import gzip
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -39,7 +42,6 @@ import scenes
 HERE = Path(__file__).parent
 ASSETS = HERE / "assets"
 WEIGHTS = HERE / "weights"  # where weights fetched by hand may be put: weights/<backbone>.<tag>.safetensors (or .pt, .bin)
-DATASETS = ("scenes", "voc2007")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -332,28 +334,68 @@ def open_photo(photo):
         return image.convert("RGB")
 
 
+# --- datasets: the files as their owners publish them --------------------------------------------------------------------
+
 VOC_NAMES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",
              "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor"]
-DATASET_NAMES = {"scenes": scenes.NAMES, "voc2007": VOC_NAMES}
+RAW_NAMES = {"voc2007": {name.replace(" ", ""): name for name in VOC_NAMES}, **json.loads((ASSETS / "labels" / "names.json").read_text(encoding="utf-8"))}  # a file's own label -> words for a prompt
+DATASET_NAMES = {"scenes": scenes.NAMES, **{dataset: list(table.values()) for dataset, table in RAW_NAMES.items()}}
 SCENES = {"train": 20000, "test": 2000}  # pictures a split
-VOC_TREE = "VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}"
+EXPECTED = {  # the tree that is looked for, and who publishes it
+    "voc2007": ("VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}",
+                "add --download (about 870 MB, hash-checked), or fetch VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2007/ and unpack both there"),
+    "coco2014": ("coco2014/{annotations/instances_{train,val}2014.json, train2014/*.jpg, val2014/*.jpg} (or the same with 2017)",
+                 "fetch train2014.zip, val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download and unpack all three there"),
+    "nuswide": ("nuswide/{Concepts81.txt, ImageList/{Train,Test}Imagelist.txt, TrainTestLabels/Labels_<concept>_{Train,Test}.txt, Flickr/<folder>/*.jpg}",
+                "fetch ConceptsList.zip, ImageList.zip and Groundtruth.zip from https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html; the photos are asked for there"),
+    "pa100k": ("pa100k/{annotation.mat, release_data/*.jpg}", "fetch both from https://github.com/xh-liu/HydraPlus-Net"),
+    "rapv1": ("rapv1/{RAP_annotation.mat, RAP_dataset/*.png}", "ask its owners: https://www.rapdataset.com"),
+    "peta": ("peta/{PETA.mat, images/00001.png ...}", "fetch the photos from http://mmlab.ie.cuhk.edu.hk/projects/PETA.html; PETA.mat numbers them 1 to 19,000"),
+    "multiscene": ("multiscene/{train.csv, test.csv, images/*} (each CSV: a column of file names, then 36 columns of 0 and 1 headed by the labels' names)", "fetch MultiScene-Clean from https://multiscene.github.io"),
+    "mlrsnet": ("mlrsnet/{Images/<category>/*.jpg, Labels/<category>.csv}", "fetch it from https://data.mendeley.com/datasets/7j9bv9vwsx/3"),
+    "ucm": ("ucm/{LandUse_Multilabeled.txt, Images/<category>/*.tif}", "fetch the photos from http://weegee.vision.ucmerced.edu/datasets/landuse.html and multilabels.zip from https://bigearth.eu/datasets.html"),
+    "folder": ("{labels.csv or labels.json, photos}", 'labels.csv: a column of file names, then a column of 0 and 1 a label, and if wanted a column "split" of train and test; labels.json: {"photo.jpg": ["dog", "cat"], ...}')}
+
+
+def _base(dataset, root, folders, marker):
+    """The first of root/<folder> that holds one of the marker files. Raises UsageError that shows the tree expected and who publishes it."""
+    markers = (marker,) if isinstance(marker, str) else marker
+    for folder in (*folders, "."):
+        if any((Path(root) / folder / name).exists() for name in markers):
+            return Path(root) / folder
+    tree, get = EXPECTED[dataset]
+    raise UsageError(f"{dataset}: no {' or '.join(markers)} under {root}; expected {Path(root)}/{tree}; {get}")
+
+
+def _labelled(dataset, photos, labels, policy, unlabelled="keep", names=None):
+    """Drop photos that are not there (counted and named) and, if asked, those without any label -> LabelledPhotos"""
+    there = np.array([path.is_file() for path in photos], bool)
+    if not there.any():
+        tree, get = EXPECTED[dataset]
+        raise UsageError(f"{dataset}: none of its {len(photos):,} photos is there (first: {photos[0] if photos else 'none listed'}); expected {tree}; {get}")
+    if not there.all():
+        gone = np.flatnonzero(~there)
+        say(f"{dataset}: {len(gone):,} of {len(photos):,} photos are missing and left out (first: {photos[gone[0]]})")
+        policy += f"; {len(gone)} missing photos left out"
+    keep = there & (labels == 1).any(1) if unlabelled == "drop" else there
+    if not keep.any():
+        raise UsageError(f"{dataset}: no photo with a label is left")
+    return LabelledPhotos([photos[row] for row in np.flatnonzero(keep)], labels[keep], list(names or DATASET_NAMES[dataset]), policy)
 
 
 def voc2007(root, split, difficult="ignore"):
-    """PASCAL VOC2007 in its official layout. split: "trainval" or "test".
+    """PASCAL VOC2007 in its official layout. split: "train" (trainval) or "test".
 
     difficult: what a label seen only on objects marked difficult becomes: "ignore" (-1; the devkit's rule), "negative" (0; TaI-DPT,
     DualCoOp) or "positive" (1; TagCLIP). Raises UsageError if files are missing, with the tree expected.
     """
-    base = next((b for b in (Path(root) / "VOCdevkit" / "VOC2007", Path(root) / "VOC2007", Path(root)) if (b / "ImageSets" / "Main").is_dir()), None)
-    if base is None:
-        raise UsageError(f"voc2007: nothing under {root}; expected {Path(root)}/{VOC_TREE}. Add --download (about 870 MB, hash-checked), or fetch "
-                         "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2007/ and unpack both there")
-    column = {name.replace(" ", ""): index for index, name in enumerate(VOC_NAMES)}
-    ids = read_text(base / "ImageSets" / "Main" / f"{split}.txt", "voc2007: image list").split()
+    base = _base("voc2007", root, ("VOCdevkit/VOC2007", "VOC2007"), "ImageSets/Main")
+    image_list = base / "ImageSets" / "Main" / f"{'trainval' if split == 'train' else split}.txt"
+    ids = read_text(image_list, "voc2007: image list").split()
     if not ids:
-        raise UsageError(f"voc2007: {base / 'ImageSets' / 'Main' / f'{split}.txt'} is empty; unpack the archive again")
-    labels = np.zeros((len(ids), len(VOC_NAMES)), np.int8)
+        raise UsageError(f"voc2007: {image_list} is empty; unpack the archive again")
+    column = {raw: index for index, raw in enumerate(RAW_NAMES["voc2007"])}
+    labels = np.zeros((len(ids), len(column)), np.int8)
     for row, image_id in enumerate(ids):
         path = base / "Annotations" / f"{image_id}.xml"
         try:
@@ -368,7 +410,234 @@ def voc2007(root, split, difficult="ignore"):
                 labels[row, column[name]] = 1
             elif labels[row, column[name]] != 1:
                 labels[row, column[name]] = {"ignore": -1, "negative": 0, "positive": 1}[difficult]
-    return LabelledPhotos([base / "JPEGImages" / f"{image_id}.jpg" for image_id in ids], labels, list(VOC_NAMES), f"difficult={difficult}")
+    return _labelled("voc2007", [base / "JPEGImages" / f"{image_id}.jpg" for image_id in ids], labels, f"difficult={difficult}")
+
+
+def coco2014(root, split, unlabelled="keep"):
+    """MS-COCO, instances JSON; train and val serve as train and test; 2014 or 2017 file names. A crowd counts as present.
+    unlabelled: photos without any label "keep" (40,504 in val2014) or "drop" (40,137)."""
+    part = {"train": "train", "test": "val"}[split]
+    base = _base("coco2014", root, ("coco2014", "coco", "COCO", "coco2017"), [f"annotations/instances_{part}{year}.json" for year in (2014, 2017)])
+    year = 2014 if (base / f"annotations/instances_{part}2014.json").is_file() else 2017
+    path = base / f"annotations/instances_{part}{year}.json"
+    content, column = read_json(path, "coco2014: annotations"), {raw: index for index, raw in enumerate(RAW_NAMES["coco2014"])}
+    try:
+        category = {entry["id"]: column[entry["name"]] for entry in content["categories"]}
+        row = {entry["id"]: number for number, entry in enumerate(content["images"])}
+        labels = np.zeros((len(row), len(column)), np.int8)
+        for entry in content["annotations"]:
+            labels[row[entry["image_id"]], category[entry["category_id"]]] = 1
+        photos = [base / f"{part}{year}" / entry["file_name"] for entry in content["images"]]
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"coco2014: {path} is not COCO's instances form, or names an unknown photo or category ({error!r})") from None
+    return _labelled("coco2014", photos, labels, f"{part}{year}, crowds count, unlabelled={unlabelled}", unlabelled)
+
+
+def nuswide(root, split, unlabelled="keep"):
+    """NUS-WIDE, the owners' split. unlabelled: "keep" (161,789 / 107,859) or "drop" (125,449 / 83,898). A value other than 0 and 1 (the
+    published Labels_lake_Train.txt has one) is ignored."""
+    part = {"train": "Train", "test": "Test"}[split]
+    base = _base("nuswide", root, ("nuswide", "NUS-WIDE", "NUSWIDE", "nus_wide"), f"ImageList/{part}Imagelist.txt")
+    files = [line.strip().replace("\\", "/") for line in read_text(base / f"ImageList/{part}Imagelist.txt", "nuswide: image list").splitlines() if line.strip()]
+    concepts = next((path for path in (base / "Concepts81.txt", base / "ConceptsList/Concepts81.txt", base / "Concepts/Concepts81.txt") if path.is_file()), base / "Concepts81.txt")
+    order, expected = read_text(concepts, "nuswide: concepts").split(), list(RAW_NAMES["nuswide"])
+    if sorted(order) != sorted(expected):
+        raise UsageError(f"nuswide: {concepts} does not hold the 81 concepts ({', '.join(sorted(set(order) ^ set(expected))[:5])})")
+    folder = next((path for path in (base / "TrainTestLabels", base / "Groundtruth/TrainTestLabels", base / "GroundTruth/TrainTestLabels") if path.is_dir()), base / "TrainTestLabels")
+    labels, odd = np.zeros((len(files), len(expected)), np.int8), 0
+    for index, concept in enumerate(expected):
+        path = folder / f"Labels_{concept}_{part}.txt"
+        values = read_text(path, "nuswide: labels").split()
+        if len(values) != len(files):
+            raise UsageError(f"nuswide: {path} has {len(values):,} lines, the image list {len(files):,}; fetch both again")
+        values = np.array(values)
+        labels[:, index] = np.where(values == "1", 1, np.where(values == "0", 0, -1))
+        odd += int((labels[:, index] == -1).sum())
+    if odd:
+        say(f"nuswide: {odd} label values other than 0 and 1 are ignored")
+    photos = base / next((name for name in ("Flickr", "images", "Images") if (base / name).is_dir()), "Flickr")
+    flat = not any((photos / file).is_file() for file in files[:100])  # mirrors without the folders of the list
+    return _labelled("nuswide", [photos / (Path(file).name if flat else file) for file in files], labels, f"unlabelled={unlabelled}, {odd} odd values ignored", unlabelled)
+
+
+def _mat(dataset, path):
+    from scipy.io import loadmat
+    try:
+        return loadmat(str(path))
+    except Exception as error:  # SciPy raises many kinds
+        raise UsageError(f"{dataset}: {path} cannot be read as a MATLAB file ({str(error)[:120]}); fetch it again") from None
+
+
+def _text(cell):
+    """MATLAB's cell of a cell of text, however deep -> str"""
+    while isinstance(cell, np.ndarray):
+        cell = cell.flat[0] if cell.size else ""
+    return str(cell)
+
+
+def _columns(dataset, path, raw):
+    """Columns of the dataset's labels in a file's own order of names."""
+    where = {name: index for index, name in enumerate(raw)}
+    missing = [name for name in RAW_NAMES[dataset] if name not in where]
+    if missing:
+        raise UsageError(f"{dataset}: {path} lacks the label{'s' if len(missing) > 1 else ''} {', '.join(missing[:5])}")
+    return [where[name] for name in RAW_NAMES[dataset]]
+
+
+def pa100k(root, split, validation="train"):
+    """PA-100K, 26 attributes. validation: what becomes of the 10,000 validation photos, "train" or "drop"."""
+    base = _base("pa100k", root, ("pa100k", "PA100k", "PA-100K", "PA100K"), "annotation.mat")
+    content = _mat("pa100k", base / "annotation.mat")
+    try:
+        columns = _columns("pa100k", base / "annotation.mat", [_text(cell) for cell in content["attributes"].ravel()])
+        parts = {"train": ("train", "val") if validation == "train" else ("train",), "test": ("test",)}[split]
+        files = [_text(cell) for part in parts for cell in content[f"{part}_images_name"].ravel()]
+        labels = np.concatenate([content[f"{part}_label"] for part in parts])[:, columns].astype(np.int8)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(f"pa100k: {base / 'annotation.mat'} is not PA-100K's form ({error!r})") from None
+    folder = next((path for path in (base / "release_data", base / "release_data/release_data", base / "data") if files and (path / files[0]).is_file()), base / "release_data")
+    return _labelled("pa100k", [folder / file for file in files], labels, f"validation={validation}")
+
+
+def rapv1(root, split, partition=0):
+    """RAP 1, 51 of 92 attributes, one of the five partitions of the owners."""
+    base = _base("rapv1", root, ("rapv1", "RAP", "rap", "RAPv1"), ("RAP_annotation.mat", "RAP_annotation/RAP_annotation.mat"))
+    path = next(path for path in (base / "RAP_annotation.mat", base / "RAP_annotation/RAP_annotation.mat") if path.is_file())
+    try:
+        record = _mat("rapv1", path)["RAP_annotation"][0, 0]
+        columns = _columns("rapv1", path, [_text(cell) for cell in record[3].ravel()])
+        rows = record[0][partition, 0][0, 0][0 if split == "train" else 1].ravel().astype(int) - 1
+        labels = (record[1][rows][:, columns] == 1).astype(np.int8)
+        files = [_text(record[5].ravel()[row]) for row in rows]
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise UsageError(f"rapv1: {path} is not RAP's form, or has no partition {partition} ({error!r})") from None
+    return _labelled("rapv1", [base / "RAP_dataset" / file for file in files], labels, f"partition={partition}")
+
+
+def peta(root, split, partition=0, validation="train"):
+    """PETA, 35 of 105 attributes, one of five partitions (9,500 + 1,900 + 7,600). Value 2 means absent. validation: as for pa100k."""
+    base = _base("peta", root, ("peta", "PETA"), "PETA.mat")
+    try:
+        record = _mat("peta", base / "PETA.mat")["peta"][0, 0]
+        columns = _columns("peta", base / "PETA.mat", [_text(cell) for cell in record[1][:, 0]])
+        parts = record[3][partition, 0][0, 0]
+        chosen = {"train": (0, 1) if validation == "train" else (0,), "test": (2,)}[split]
+        rows = np.concatenate([parts[part].ravel() for part in chosen]).astype(int) - 1
+        labels = (record[0][:, 4:][rows][:, columns] == 1).astype(np.int8)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise UsageError(f"peta: {base / 'PETA.mat'} is not PETA's form, or has no partition {partition} ({error!r})") from None
+    return _labelled("peta", [base / "images" / f"{row + 1:05d}.png" for row in rows], labels, f"partition={partition}, validation={validation}")
+
+
+def _label_table(dataset, path, raw=None):
+    """A table of 0 and 1 (-1: ignored), comma or tab, read by its own header -> (files, raw label names, int8 [N, C], splits or None).
+
+    The first column holds file names; a column "split" may say train or test. raw: names wanted, in that order (others are refused).
+    """
+    lines = read_text(path, f"{dataset}: labels").splitlines()
+    rows = list(csv.reader(lines, delimiter="\t" if lines and lines[0].count("\t") > lines[0].count(",") else ","))
+    rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    if len(rows) < 2:
+        raise UsageError(f"{dataset}: {path} holds no photo")
+    header, *body = rows
+    while header and not header[-1]:
+        header.pop()
+    splits = header.index("split") if "split" in header[1:] else None
+    found = {name: index for index, name in enumerate(header) if index and index != splits}
+    if raw is not None and set(found) != set(raw):
+        missing, extra = sorted(set(raw) - set(found)), sorted(set(found) - set(raw))
+        raise UsageError(f"{dataset}: {path}: header {'lacks ' + ', '.join(missing[:5]) if missing else ''}{' and ' if missing and extra else ''}{'has unknown ' + ', '.join(extra[:5]) if extra else ''}")
+    if len(found) != len(header) - 1 - (splits is not None):
+        raise UsageError(f"{dataset}: {path}: a label stands twice in the header")
+    raw = list(found) if raw is None else list(raw)
+    try:
+        labels = np.array([[float(row[found[name]]) for name in raw] for row in body])
+    except (ValueError, IndexError):
+        bad = next(n for n, row in enumerate(body, 2) if len(row) < len(header) or not all(re.fullmatch(r"-?[01](\.0*)?", row[found[name]]) for name in raw))
+        raise UsageError(f"{dataset}: {path}, line {bad}: needs {len(header)} cells, each label 0, 1 or -1") from None
+    if not np.isin(labels, (-1, 0, 1)).all():
+        raise UsageError(f"{dataset}: {path}, line {2 + int(np.flatnonzero(~np.isin(labels, (-1, 0, 1)).all(1))[0])}: each label must be 0, 1 or -1")
+    return [row[0] for row in body], raw, labels.astype(np.int8), None if splits is None else [row[splits] for row in body]
+
+
+def _shared_out(count, shares, seed):
+    """Rows 0..count-1 shuffled by the seed and cut at the shares (0.4, 0.1, ...; the last part takes the rest) -> list of sorted arrays"""
+    order = np.random.default_rng(seed).permutation(count)
+    return [np.sort(part) for part in np.split(order, np.round(np.cumsum(shares[:-1]) * count).astype(int))]
+
+
+def multiscene(root, split):
+    """MultiScene, the clean part, 7,000 / 7,000. The published label file's form could not be established: one CSV a split, read by its
+    header; file names with or without .jpg."""
+    names = {"train": ("train.csv", "Tra.csv"), "test": ("test.csv", "Test.csv")}[split]
+    base = _base("multiscene", root, ("multiscene", "MultiScene-Clean", "MultiScene"), names)
+    path = next(base / name for name in names if (base / name).is_file())
+    files, _, labels, _ = _label_table("multiscene", path, RAW_NAMES["multiscene"])
+    return _labelled("multiscene", [base / "images" / (file if Path(file).suffix else f"{file}.jpg") for file in files], labels, "clean part")
+
+
+def mlrsnet(root, split, validation="train", split_seed=0):
+    """MLRSNet, 60 labels; each category's CSV is read by its own header, for their column orders differ. 40 / 10 / 50 % of every category,
+    drawn by split_seed (the owners' lists were not found). validation: as for pa100k."""
+    base = _base("mlrsnet", root, ("mlrsnet", "MLRSNet"), ("Labels", "labels"))
+    tables = sorted((base / ("Labels" if (base / "Labels").is_dir() else "labels")).glob("*.csv"))
+    if not tables:
+        raise UsageError(f"mlrsnet: no CSV in {base / 'Labels'}; expected {EXPECTED['mlrsnet'][0]}; {EXPECTED['mlrsnet'][1]}")
+    photos, labels = [], []
+    for path in tables:
+        files, _, marks, _ = _label_table("mlrsnet", path, RAW_NAMES["mlrsnet"])
+        train, held_out, test = _shared_out(len(files), (0.4, 0.1, 0.5), split_seed)
+        rows = test if split == "test" else np.concatenate([train, held_out]) if validation == "train" else train
+        photos += [base / "Images" / path.stem / files[row] for row in rows]
+        labels.append(marks[rows])
+    return _labelled("mlrsnet", photos, np.concatenate(labels), f"40/10/50 % of every category by seed {split_seed}, validation={validation}")
+
+
+def ucm(root, split, split_seed=0):
+    """UC Merced, 17 labels, 80 / 20 by split_seed (no split is published)."""
+    markers = ("LandUse_Multilabeled.txt", "multilabels/LandUse_Multilabeled.txt", "LandUse_Multilabeled.csv")
+    base = _base("ucm", root, ("ucm", "UCMerced_LandUse", "UCM"), markers)
+    files, _, labels, _ = _label_table("ucm", next(base / name for name in markers if (base / name).is_file()), RAW_NAMES["ucm"])
+    rows = dict(zip(("train", "test"), _shared_out(len(files), (0.8, 0.2), split_seed)))[split]
+    return _labelled("ucm", [base / "Images" / re.sub(r"\d+$", "", Path(files[row]).stem) / f"{Path(files[row]).stem}.tif" for row in rows], labels[rows], f"80/20 by seed {split_seed}")
+
+
+def folder(root, split, split_seed=0):
+    """Your own photos: root/labels.csv or root/labels.json beside them (forms: EXPECTED). Without a column "split", 80 / 20 by split_seed."""
+    base = _base("folder", root, (), ("labels.csv", "labels.json"))
+    if (base / "labels.csv").is_file():
+        files, names, labels, splits = _label_table("folder", base / "labels.csv")
+        check_names(names, f"folder: {base / 'labels.csv'}")
+    else:
+        table = read_json(base / "labels.json", "folder: labels")
+        if not isinstance(table, dict) or not table or not all(isinstance(v, list) and all(isinstance(x, str) for x in v) for v in table.values()):
+            raise UsageError(f"folder: {base / 'labels.json'}: must be {EXPECTED['folder'][1].split('labels.json: ')[1]}")
+        files, splits, names = list(table), None, check_names(sorted({label for labels in table.values() for label in labels}), f"folder: {base / 'labels.json'}")
+        labels = np.array([[name in marked for name in names] for marked in table.values()], np.int8)
+    if splits and not set(splits) <= {"train", "test"}:
+        raise UsageError(f"folder: {base / 'labels.csv'}: the column split must say train or test, not '{sorted(set(splits) - {'train', 'test'})[0]}'")
+    rows = np.array([n for n, part in enumerate(splits) if part == split]) if splits else dict(zip(("train", "test"), _shared_out(len(files), (0.8, 0.2), split_seed)))[split]
+    if not len(rows):
+        raise UsageError(f"folder: {base}: no photo is in the {split} part")
+    return _labelled("folder", [base / files[row] for row in rows], labels[rows], "split by its own column" if splits else f"80/20 by seed {split_seed}", names=names)
+
+
+PUBLISHED = {  # photos for training and test with the policies' first values, as the owners count them; None: not stated apart
+    "voc2007": (5011, 4952), "coco2014": (82783, 40504), "nuswide": (161789, 107859), "pa100k": (90000, 10000), "rapv1": (33268, 8317), "peta": (11400, 7600),
+    "multiscene": (7000, 7000), "mlrsnet": (None, None), "ucm": (1680, 420)}
+DROPPED = {"coco2014": (None, 40137), "nuswide": (125449, 83898), "pa100k": (80000, 10000), "peta": (9500, 7600)}  # with --unlabelled drop, --validation drop
+LOADERS = {"voc2007": voc2007, "coco2014": coco2014, "nuswide": nuswide, "pa100k": pa100k, "rapv1": rapv1, "peta": peta, "multiscene": multiscene, "mlrsnet": mlrsnet, "ucm": ucm, "folder": folder}
+DATASETS = ("scenes", *LOADERS)
+
+
+def label_names(dataset, root):
+    """Readable label names of a dataset, in the order of its labels; those of "folder" stand in its own file."""
+    return list(DATASET_NAMES[dataset]) if dataset in DATASET_NAMES else folder(root, "train").names
+
+
+def folder_digest(root):
+    """Identity of the labels of "folder": other labels are another run."""
+    return next((hashlib.blake2b((Path(root) / name).read_bytes(), digest_size=8).hexdigest() for name in ("labels.csv", "labels.json") if (Path(root) / name).is_file()), "")
 
 
 def download_voc2007(root):
@@ -383,16 +652,21 @@ def download_voc2007(root):
                              f"unpack both under {root}") from None
 
 
-def load_photos(dataset, root, split, limit=None, difficult="ignore", download=False):
-    """Labelled photos of a dataset. split: "train" or "test"; limit: only the first ones. -> LabelledPhotos"""
+def load_photos(dataset, root, split, limit=None, download=False, **policies):
+    """Labelled photos of a dataset. split: "train" or "test"; limit: only the first ones; policies: those that the dataset's loader
+    takes (others have no meaning there). -> LabelledPhotos"""
     if dataset == "scenes":
         count = min(limit or SCENES[split], SCENES[split])
         labels = np.stack([scenes.labels_of(split, index) for index in range(count)]).astype(np.int8)
         return LabelledPhotos([(split, index) for index in range(count)], labels, list(scenes.NAMES), "all things drawn are labelled, hidden ones too")
     sets = Path(root) / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
-    if download and not ((sets / "trainval.txt").is_file() and (sets / "test.txt").is_file()):
+    if download and dataset == "voc2007" and not ((sets / "trainval.txt").is_file() and (sets / "test.txt").is_file()):
         download_voc2007(root)
-    photos, labels, names, policy = voc2007(root, {"train": "trainval", "test": "test"}[split], difficult)
+    if download and dataset != "voc2007":
+        raise UsageError(f"--download fetches voc2007 only; {dataset}: {EXPECTED[dataset][1]}")
+    loader = LOADERS[dataset]
+    known = inspect.signature(loader).parameters
+    photos, labels, names, policy = loader(root, split, **{name: value for name, value in policies.items() if name in known})
     return LabelledPhotos(photos[:limit], labels[:limit], names, policy)
 
 
@@ -819,3 +1093,62 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
     sheet.save(stream, "PNG")
     write_atomically(path, stream.getvalue())
     return Path(path)
+
+
+# --- python data.py --check ----------------------------------------------------------------------------------------------
+
+def check(dataset, root, **policies):
+    """Counts of a dataset beside the published ones -> (text for people, list of what is wrong). Raises UsageError as the loaders do."""
+    lines, wrong = [f"{dataset} under {root}: {len(label_names(dataset, root))} labels"], []
+    dropped = policies.get("unlabelled" if dataset in ("coco2014", "nuswide") else "validation") == "drop"
+    parts = {split: load_photos(dataset, root, split, **policies) for split in ("train", "test")}
+    for number, (split, found) in enumerate(parts.items()):
+        published = (118287, 5000)[number] if found.policy.startswith(("train2017", "val2017")) else ((DROPPED.get(dataset) if dropped else None) or PUBLISHED.get(dataset) or (None, None))[number]
+        lines.append(f"{split:<6}{len(found.photos):>9,} photos (published: {f'{published:,}' if published else 'not stated'}), {int((found.labels == 1).sum()):,} positives, "
+                     f"{int((found.labels == -1).sum()):,} ignored, {int((~(found.labels == 1).any(1)).sum()):,} photos without a label; {found.policy}")
+        if published and published != len(found.photos):
+            wrong.append(f"{split}: {len(found.photos):,} photos, {published:,} published")
+        if unseen := [name for name, positives in zip(found.names, (found.labels == 1).sum(0)) if not positives]:
+            wrong.append(f"{split}: no photo with {', '.join(unseen[:10])}{' ...' if len(unseen) > 10 else ''}")
+        for path in (found.photos[n] for n in np.random.default_rng(0).permutation(len(found.photos))[:20]):
+            try:
+                open_photo(path)
+            except Exception as error:  # Pillow raises many kinds
+                wrong.append(f"{split}: {path} cannot be read ({error})")
+    both = {str(p) for p in parts["train"].photos} & {str(p) for p in parts["test"].photos}
+    if both:
+        wrong.append(f"{len(both):,} photos are in both parts (first: {min(both)})")
+    width = min(40, max(len(name) for name in parts["train"].names)) + 2
+    lines += ["", f"{'positives':<{width}}{'train':>9}{'test':>9}"]
+    lines += [f"{name[:40]:<{width}}{train:>9,}{test:>9,}" for name, train, test in zip(parts["train"].names, (parts["train"].labels == 1).sum(0), (parts["test"].labels == 1).sum(0))]
+    return "\n".join(lines), wrong
+
+
+def main(words=None):
+    parser = argparse.ArgumentParser(description="Look at a dataset before training on it: counts beside the published ones, and what is wrong. Exit code 2 if something is.")
+    parser.add_argument("--check", required=True, choices=list(LOADERS))
+    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--difficult", choices=("ignore", "negative", "positive"), default="ignore")
+    parser.add_argument("--unlabelled", choices=("keep", "drop"), default="keep")
+    parser.add_argument("--validation", choices=("train", "drop"), default="train")
+    parser.add_argument("--partition", type=int, choices=range(5), default=0)
+    parser.add_argument("--split-seed", type=int, default=0)
+    policies = vars(parser.parse_args(words))
+    dataset, root = policies.pop("check"), policies.pop("data_root")
+    try:
+        text, wrong = check(dataset, root, **policies)
+    except UsageError as error:
+        say(f"data.py: {error}")
+        return 2
+    print(text)
+    for line in wrong:
+        say(f"wrong? {line}")
+    print(f"\n{f'{len(wrong)} things to look at, named above' if wrong else 'nothing wrong was found'}", flush=True)
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # head has seen enough
+        os._exit(0)

@@ -106,6 +106,10 @@ class Config:
     data_root: str = option("data", "folder that holds the datasets")
     download: bool = option(False, "fetch voc2007 (870 MB) into --data-root if it is not there")
     difficult: str = option("ignore", "voc2007: labels seen only on difficult objects become", choices=("ignore", "negative", "positive"))
+    unlabelled: str = option("keep", "coco2014, nuswide: photos without any label", choices=("keep", "drop"))
+    validation: str = option("train", "pa100k, peta, mlrsnet: validation photos join training, or are dropped", choices=("train", "drop"))
+    partition: int = option(0, "rapv1, peta: which of the owners' five partitions", choices=(0, 1, 2, 3, 4))
+    split_seed: int = option(0, "mlrsnet, ucm, folder: draws the split where none is published")
     labels: str = option(None, "label file, one name a line: only these of the dataset's labels (default: all)", metavar="FILE")
     descriptions: str = option(None, 'JSON {"descriptions": {label: sentence}} (default: assets/descriptions/<dataset>.json)', metavar="FILE")
     limit: int = option(None, "only the first N training and test photos", metavar="N")
@@ -773,7 +777,7 @@ class Inputs(NamedTuple):
 
 def names_of(config):
     """The label names of a run: the dataset's own, or those of them that --labels keeps."""
-    own = list(data.DATASET_NAMES[config.dataset])
+    own = data.label_names(config.dataset, config.data_root)
     if not config.labels:
         return own
     names = data.read_labels(config.labels)
@@ -781,6 +785,11 @@ def names_of(config):
     if unknown:
         raise UsageError(f"--labels {config.labels}: '{unknown[0]}' is no label of {config.dataset}, and SSPA learns from labelled photos; choose among {', '.join(own[:30])}")
     return names
+
+
+def policies_of(config):
+    """What a dataset's loader may be told about doubtful labels and splits."""
+    return {name: getattr(config, name) for name in ("difficult", "unlabelled", "validation", "partition", "split_seed")}
 
 
 def open_clip_of(config, device):
@@ -814,14 +823,18 @@ def description_file(config):
 
 def load_inputs(config, clip, names, with_training=True):
     """Photos, their features where the tower is frozen, and everything made of the label names -> Inputs"""
-    own = list(data.DATASET_NAMES[config.dataset])
+    own = data.label_names(config.dataset, config.data_root)
     columns = [own.index(name) for name in names]
     if config.download and dist.is_initialized():  # one process of a machine fetches, the others find
         if os.environ["LOCAL_RANK"] == "0":
-            data.load_photos(config.dataset, config.data_root, "test", config.limit, config.difficult, True)
+            data.load_photos(config.dataset, config.data_root, "test", config.limit, True, **policies_of(config))
         dist.barrier()
-    found = {split: data.load_photos(config.dataset, config.data_root, split, config.limit, config.difficult, config.download) for split in (("train", "test") if with_training else ("test",))}
-    descriptions = {} if config.no_descriptions else data.read_descriptions(description_file(config), names)
+    found = {split: data.load_photos(config.dataset, config.data_root, split, config.limit, config.download, **policies_of(config)) for split in (("train", "test") if with_training else ("test",))}
+    descriptions = {}
+    if not config.no_descriptions and config.dataset == "folder" and not config.descriptions:
+        say("folder: the template stands alone; --descriptions FILE says what each label looks like (llm_text.py descriptions writes one)")
+    elif not config.no_descriptions:
+        descriptions = data.read_descriptions(description_file(config), names)
     texts = knowledge_texts(clip, names, descriptions, config.knowledge_order)
     tokens, knowledge, words = prompt_inputs(config, clip, names, texts)
     size, tuned = clip.model.visual.image_size, config.tune_image == "full"
@@ -1054,7 +1067,7 @@ def evaluate(config, clip, model, inputs, device):
     result = {"mAP": metrics.mean_average_precision(scores, truth), "mAP_interpolated": metrics.mean_average_precision(scores, truth, interpolated=True)}
     for name, logits in (("mAP_global", global_logits), ("mAP_regional", regional_logits)):
         result[name] = None if logits is None else metrics.mean_average_precision(logits[readable], truth)
-    result.update({"threshold_0.5": metrics.multilabel_f1(scores, truth), "top_3": metrics.multilabel_f1(scores, truth, top_k=min(3, truth.shape[1]))})
+    result.update({"attributes": metrics.attribute_metrics(scores, truth), "threshold_0.5": metrics.multilabel_f1(scores, truth), "top_3": metrics.multilabel_f1(scores, truth, top_k=min(3, truth.shape[1]))})
     return result, metrics.average_precision(scores, truth)
 
 
@@ -1167,6 +1180,8 @@ def settings_of(config):
             values[name + "_hash"] = hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
     if config.dataset == "scenes":
         values["scenes_hash"] = data.scenes_digest()
+    if config.dataset == "folder":
+        values["folder_hash"] = data.folder_digest(config.data_root)
     return json.dumps(values, sort_keys=True)
 
 
@@ -1202,7 +1217,7 @@ def open_checkpoint(config, path, device, names=None):
         raise UsageError(f"checkpoint {path}: trained for other labels or another order of them ({first}); pass --dataset {settings['dataset']} and the label file it was trained with, if any")
     # how it was made is the checkpoint's to say; the flags say what it is used on
     kept = {field.name: settings[field.name] for field in dataclasses.fields(Config) if field.name in settings and field.name not in
-            ("dataset", "data_root", "difficult", "limit", "labels", "descriptions", "seed", "ablate", "impl", "precision", "backbone", "pretrained", "resolution")}
+            ("dataset", "data_root", "difficult", "unlabelled", "limit", "labels", "descriptions", "seed", "ablate", "impl", "precision", "backbone", "pretrained", "resolution")}
     if config.backbone is None:
         kept["backbone"] = settings["backbone"] or ("scenes" if settings["dataset"] == "scenes" else "ViT-B-16")
     for name in ("pretrained", "resolution"):

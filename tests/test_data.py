@@ -117,6 +117,7 @@ def test_voc2007_small_and_broken(tmp_path):
     for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
         (base / folder).mkdir(parents=True)
     write(base / "ImageSets/Main/test.txt", "000001\n")
+    Image.new("RGB", (8, 8)).save(base / "JPEGImages/000001.jpg")
     thing = "<object><name>{}</name><difficult>{}</difficult></object>"
     write(base / "Annotations/000001.xml", f"<annotation>{thing.format('dog', 1)}{thing.format('dog', 0)}{thing.format('cat', 1)}{thing.format('cat', 1)}</annotation>")
     for policy, cat in (("ignore", -1), ("negative", 0), ("positive", 1)):
