@@ -180,7 +180,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Server:
-    """One OpenAI-compatible server. Every answer is bounded in time and size; the key stands in the request's header and nowhere else."""
+    """One OpenAI-compatible server. The body of every answer is bounded in time and size; the key stands in the request's header and nowhere else."""
 
     def __init__(self, address, model=None, timeout=120, tries=6, retry_wait=1.0, extra=None):
         address = address.rstrip("/").removesuffix("/chat/completions")
@@ -209,7 +209,7 @@ class Server:
         models = self._exchange("/models", None, lambda answer: [str(entry["id"]) for entry in answer["data"]])
         if len(models) != 1:
             raise UsageError(f"{self.address}: serves {'several models; choose one' if models else 'no model'} with --model ({self._shown(', '.join(models))})")
-        return models[0]
+        return self._shown(models[0])
 
     def check_model(self):
         """One line if the server lists its models and this is not among them: some take any name and answer with what they have."""
