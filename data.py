@@ -622,7 +622,7 @@ def folder(root, split, split_seed=0):
     return _labelled("folder", [base / files[row] for row in rows], labels[rows], "split by its own column" if splits else f"80/20 by seed {split_seed}", names=names)
 
 
-PUBLISHED = {  # photos for training and test with the policies' first values, as the owners count them; None: not stated apart
+PUBLISHED = {  # photos for training and test with the policies' first values, as the owners count them; None: not stated apart; ucm: its 2,100 shared out by us
     "voc2007": (5011, 4952), "coco2014": (82783, 40504), "nuswide": (161789, 107859), "pa100k": (90000, 10000), "rapv1": (33268, 8317), "peta": (11400, 7600),
     "multiscene": (7000, 7000), "mlrsnet": (None, None), "ucm": (1680, 420)}
 DROPPED = {"coco2014": (None, 40137), "nuswide": (125449, 83898), "pa100k": (80000, 10000), "peta": (9500, 7600)}  # with --unlabelled drop, --validation drop

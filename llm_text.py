@@ -1,6 +1,6 @@
 """Texts from a large language model, in one file: training sentences for label sets (RP), and what each label looks like (SSPA).
 
-Both methods read the files written here and never import this script. Every word of a model is checked before it is kept: a small
+Both methods read the files written here and never import this script. Every sentence of a model is checked before it is kept: a small
 model follows instructions badly, and a large one now and then.
 
     python llm_text.py sentences --labels words.txt --count 20000 --seed 0 --out texts.jsonl                    no model: a grammar, seconds
@@ -26,7 +26,8 @@ everything below are ours, and a flag changes what has one:
 
     L1  --max-labels 5           a label set has 1 to min(5, C) labels, each size as often                                  [choice]
     L2  (none)                   its first label is the one with the fewest accepted sentences; a request already made for it counts
-                                 as a third of one: rare labels get their share, impossible ones cannot block               [choice]
+                                 as a third of one, one under way as if all of its sentences passed: rare labels get their share,
+                                 impossible ones cannot block                                                               [choice]
     L3  --co-occurrence          off: the other labels are drawn uniformly; on: the model is first asked what is seen with each
                                  label, and three in four of the others are drawn from its answer                           [choice]
     L4  --per-request 5          sentences a request, all for one label set                                                 [choice]
@@ -205,8 +206,11 @@ class Server:
         self.opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
         self.model = model or self._only_model()
 
+    def _listed(self, tries):
+        return self._exchange("/models", None, lambda answer: [str(entry["id"]) for entry in answer["data"]], tries)
+
     def _only_model(self):
-        models = self._exchange("/models", None, lambda answer: [str(entry["id"]) for entry in answer["data"]])
+        models = self._listed(self.tries)
         if len(models) != 1:
             raise UsageError(f"{self.address}: serves {'several models; choose one' if models else 'no model'} with --model ({self._shown(', '.join(models))})")
         return self._shown(models[0])
@@ -214,9 +218,8 @@ class Server:
     def check_model(self):
         """One line if the server lists its models and this is not among them: some take any name and answer with what they have."""
         try:
-            with self.opener.open(urllib.request.Request(self.address + "/models", headers={"Authorization": f"Bearer {self.key}"} if self.key else {}), timeout=min(10, self.timeout)) as answer:
-                models = [str(entry["id"]) for entry in json.loads(self._read(answer, time.monotonic() + 10))["data"]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, http.client.HTTPException):
+            models = self._listed(tries=1)
+        except (UsageError, Declined):
             return  # it does not say, or is not there: the first request will tell
         if models and not any(name == self.model or name.startswith(f"{self.model}:") for name in models):
             say(f"{self.address}: does not list a model {self.model} (it lists {self._shown(', '.join(models))}); that name is recorded as the author all the same")
@@ -232,9 +235,9 @@ class Server:
                 text = text.replace(self.key, "***")
             return re.sub(r"(?s)^.*</think>|<think>.*", "", text), choice.get("finish_reason") == "length"
         body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens, "seed": seed, **self.extra}
-        return self._exchange("/chat/completions", {name: value for name, value in body.items() if value is not None}, parse)
+        return self._exchange("/chat/completions", {name: value for name, value in body.items() if value is not None}, parse, self.tries)
 
-    def _exchange(self, path, body, parse):
+    def _exchange(self, path, body, parse, tries):
         """parse(the JSON that the server answers).
 
         Tries again, waiting 1, 2, 4 ... s or as long as the server asks (at most a minute), after 408, 409, 425, 429, 5xx, a lost
@@ -243,7 +246,7 @@ class Server:
         """
         headers = {"Content-Type": "application/json", "Accept": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         request = urllib.request.Request(self.address + path, json.dumps(body).encode() if body else None, headers)
-        for attempt in range(1, self.tries + 1):
+        for attempt in range(1, tries + 1):
             wait = min(60.0, self.retry_wait * 2.0 ** min(attempt - 1, 10))
             content = b""
             try:
@@ -273,10 +276,10 @@ class Server:
                 trouble = f"sent something that is not the protocol's JSON ({self._error_text(content) or 'nothing'})"
             except (OSError, ValueError, http.client.HTTPException) as error:
                 trouble = f"failed: {self._shown(str(getattr(error, 'reason', None) or error) or type(error).__name__)}"
-            if attempt < self.tries:
-                say(f"{self.address} {trouble}; trying again in {wait:g} s ({attempt} of {self.tries})")
+            if attempt < tries:
+                say(f"{self.address} {trouble}; trying again in {wait:g} s ({attempt} of {tries})")
                 time.sleep(wait * random.uniform(0.9, 1.1))  # so that waiting requests do not come back all at once
-        raise UsageError(f"{self.address} {trouble}, {self.tries} times; look at the server, then run the same command again")
+        raise UsageError(f"{self.address} {trouble}, {tries} times; look at the server, then run the same command again")
 
     def _read(self, answer, deadline):
         """The body, at most MAX_ANSWER bytes and until the deadline. Raises ValueError for an answer too large, too slow or broken off."""
@@ -656,11 +659,6 @@ def descriptions(names, synonyms, out, server, seed=0, instruction=DESCRIPTION_I
     out = Path(out)
     settings = {"source": f"written by {server.model} to the prompt below", "prompt": "\n".join(turn["content"] for turn in description_messages("{label}", instruction)) + "\nA:",
                 "settings": {"seed": seed, "temperature": temperature, "words": list(words), "language": language, "extra": server.extra}}
-    stored = {} if overwrite or not out.exists() else data.read_json(out, "description file")
-    if stored != {} and not (isinstance(stored, dict) and all(stored.get(name) == value for name, value in settings.items()) and isinstance(stored.get("descriptions"), dict)
-                             and isinstance(stored.get("rejected"), list)):
-        raise UsageError(f"{out}: was not made with this prompt, model ({server.model}) and settings; choose another --out, or add --overwrite")
-    found, rejected = dict(stored.get("descriptions", {})), list(stored.get("rejected", []))
     check, _ = sentence_checker(names, synonyms, words, language, near_duplicates=False)
     find = data.noun_finder(names, synonyms)
 
@@ -680,23 +678,29 @@ def descriptions(names, synonyms, out, server, seed=0, instruction=DESCRIPTION_I
             turned_down.append({"label": names[c], "text": text[:500], "why": why})
         return None, turned_down
 
-    waiting, todo = collections.deque(), collections.deque(c for c in range(len(names)) if names[c] not in found)
-    if not todo:
-        say(f"{out}: finished already")
-        return found
-    server.check_model()
-    with _alone(out), tqdm(total=len(todo), unit="label", disable=quiet or not sys.stderr.isatty()) as bar:
-        while todo or waiting:
-            while todo and len(waiting) < concurrency:
-                c = todo.popleft()
-                waiting.append((c, _in_background(ask, c, sum(entry.get("label") == names[c] for entry in rejected if isinstance(entry, dict)))))
-            c, future = waiting.popleft()
-            text, turned_down = future.result()
-            rejected += turned_down
-            if text:
-                found[names[c]] = text
-            data.write_json(out, {**settings, "descriptions": {name: found[name] for name in names if name in found} | found, "rejected": rejected})
-            bar.update()
+    with _alone(out):
+        stored = {} if overwrite or not out.exists() else data.read_json(out, "description file")
+        if stored != {} and not (isinstance(stored, dict) and all(stored.get(name) == value for name, value in settings.items()) and isinstance(stored.get("descriptions"), dict)
+                                 and isinstance(stored.get("rejected"), list)):
+            raise UsageError(f"{out}: was not made with this prompt, model ({server.model}) and settings; choose another --out, or add --overwrite")
+        found, rejected = dict(stored.get("descriptions", {})), list(stored.get("rejected", []))
+        waiting, todo = collections.deque(), collections.deque(c for c in range(len(names)) if names[c] not in found)
+        if not todo:
+            say(f"{out}: finished already")
+            return found
+        server.check_model()
+        with tqdm(total=len(todo), unit="label", disable=quiet or not sys.stderr.isatty()) as bar:
+            while todo or waiting:
+                while todo and len(waiting) < concurrency:
+                    c = todo.popleft()
+                    waiting.append((c, _in_background(ask, c, sum(entry.get("label") == names[c] for entry in rejected if isinstance(entry, dict)))))
+                c, future = waiting.popleft()
+                text, turned_down = future.result()
+                rejected += turned_down
+                if text:
+                    found[names[c]] = text
+                data.write_json(out, {**settings, "descriptions": {name: found[name] for name in names if name in found} | found, "rejected": rejected})
+                bar.update()
     return found
 
 
