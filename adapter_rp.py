@@ -90,7 +90,7 @@ class Config:
     features: str = option(None, "ready-made embeddings, one .npz (layout: data.load_features); replaces --dataset and CLIP", metavar="FILE")
     texts: str = option(None, 'training texts, JSON lines {"text": ..., "labels": [...]}, plain or .gz', metavar="FILE")
     captions: str = option(None, "training texts, COCO captions JSON or one caption a line; labels by noun matching", metavar="FILE")
-    text_count: int = option(8000, "sentences made when neither --texts nor --captions is given")
+    text_count: int = option(None, "so many training texts: made here (default: 8000), or drawn from a file's by a fixed seed, fewer among more (default: all)", metavar="N")
     labels: str = option(None, "label file, one name a line (default: the dataset's own labels)", metavar="FILE")
     limit: int = option(None, "only the first N texts and test photos", metavar="N")
     held_out_text: float = option(0.0, "share of the texts kept out of training and scored, for choosing lr and epochs")
@@ -618,17 +618,23 @@ def open_clip_of(config, device):
 
 def load_inputs(config, clip, names, with_texts=True):
     """Embeddings and labels of texts and test photos -> Inputs. clip: data.Clip, or None with --features."""
+
+    def drawn(count):  # rows of the texts that are used
+        rows = np.random.default_rng(0).permutation(count)[:config.text_count] if config.text_count else np.arange(count)
+        return np.sort(rows)[:config.limit]
+
     if config.features:
         arrays = data.load_features(config.features)
         unknown = [name for name in names if name not in arrays["label_names"]]
         if unknown:
             raise UsageError(f"--labels names '{unknown[0]}', which {config.features} has no embedding for (it has {', '.join(arrays['label_names'][:30])})")
         columns = [arrays["label_names"].index(name) for name in names]
-        text_labels = arrays["text_labels"][:config.limit, columns]
+        rows = drawn(len(arrays["text_labels"]))
+        text_labels = arrays["text_labels"][rows][:, columns]
         usable = (text_labels == 1).any(1)
         if with_texts and not usable.any():
             raise UsageError(f"features file {config.features}: no text is labelled with any of the {len(names)} labels")
-        return Inputs(names, torch.from_numpy(arrays["label_embeddings"][columns]), torch.from_numpy(arrays["text_embeddings"][:config.limit][usable]),
+        return Inputs(names, torch.from_numpy(arrays["label_embeddings"][columns]), torch.from_numpy(arrays["text_embeddings"][rows][usable]),
                       torch.from_numpy(text_labels[usable]), torch.from_numpy(arrays["image_embeddings"][:config.limit]),
                       arrays["image_labels"][:config.limit, columns], "embeddings in " + Path(config.features).name, "features", "embeddings file", "labels of -1 ignored")
     own = data.label_names(config.dataset, config.data_root)
@@ -646,11 +652,13 @@ def load_inputs(config, clip, names, with_texts=True):
             texts, labels = data.read_captions(config.captions, names, data.synonyms_of(names, config.dataset))
             texts_from = Path(config.captions).name
         else:
-            texts, labels, texts_from = data.default_texts(config.dataset, names, config.text_count)
+            texts, labels, texts_from = data.default_texts(config.dataset, names, config.text_count or 8000)
+        rows = drawn(len(texts))
+        texts, labels = [texts[row] for row in rows], labels[rows]
         never = [name for name, seen in zip(names, (labels == 1).any(0)) if not seen]
         if never:
             say(f"no training text has the label{'s' if len(never) > 1 else ''} {', '.join(never[:10])}: nothing can be learnt about {'them' if len(never) > 1 else 'it'}")
-        text_embeddings, text_labels = data.embed_texts(clip, texts[:config.limit], config.cache), torch.from_numpy(labels[:config.limit])
+        text_embeddings, text_labels = data.embed_texts(clip, texts, config.cache), torch.from_numpy(labels)
     image_embeddings = image_labels = None
     policy = "no test photos: the dataset does not know these labels"
     if photos is not None:
@@ -783,7 +791,7 @@ def parse(argv):
             (any(not 0 <= std < math.inf for std in config.noise_std), "--noise-std must be 0 or more"),
             (any(not 0 <= seed < 2 ** 40 for seed in config.seed), "--seed must be 0 or more"),
             (len(set(config.seed)) < len(config.seed) or len(set(config.noise_std)) < len(config.noise_std), "--seed and --noise-std must not repeat a value"),
-            (config.epochs < 1 or config.batch_size < 1 or config.text_count < 1, "--epochs, --batch-size and --text-count must be 1 or more"),
+            (config.epochs < 1 or config.batch_size < 1 or config.text_count is not None and config.text_count < 1, "--epochs, --batch-size and --text-count must be 1 or more"),
             (config.limit is not None and config.limit < 1, "--limit must be 1 or more"),
             (config.top_k is not None and config.top_k < 1, "--top-k must be 1 or more"),
             (not 0 <= config.zero_shot_weight <= 1 or not 0 <= config.held_out_text < 1 or not 0 <= config.clip < 1, "--zero-shot-weight, --held-out-text and --clip must lie in 0..1"),

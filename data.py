@@ -1097,11 +1097,12 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
 
 # --- python data.py --check ----------------------------------------------------------------------------------------------
 
-def check(dataset, root, **policies):
+def check(dataset, root, download=False, **policies):
     """Counts of a dataset beside the published ones -> (text for people, list of what is wrong). Raises UsageError as the loaders do."""
-    lines, wrong = [f"{dataset} under {root}: {len(label_names(dataset, root))} labels"], []
+    wrong = []
     dropped = policies.get("unlabelled" if dataset in ("coco2014", "nuswide") else "validation") == "drop"
-    parts = {split: load_photos(dataset, root, split, **policies) for split in ("train", "test")}
+    parts = {split: load_photos(dataset, root, split, None, download, **policies) for split in ("train", "test")}
+    lines = [f"{dataset} under {root}: {len(parts['train'].names)} labels"]
     for number, (split, found) in enumerate(parts.items()):
         published = (118287, 5000)[number] if found.policy.startswith(("train2017", "val2017")) else ((DROPPED.get(dataset) if dropped else None) or PUBLISHED.get(dataset) or (None, None))[number]
         lines.append(f"{split:<6}{len(found.photos):>9,} photos (published: {f'{published:,}' if published else 'not stated'}), {int((found.labels == 1).sum()):,} positives, "
@@ -1128,6 +1129,7 @@ def main(words=None):
     parser = argparse.ArgumentParser(description="Look at a dataset before training on it: counts beside the published ones, and what is wrong. Exit code 2 if something is.")
     parser.add_argument("--check", required=True, choices=list(LOADERS))
     parser.add_argument("--data-root", default="data")
+    parser.add_argument("--download", action="store_true", help="fetch voc2007 (870 MB) into --data-root if it is not there")
     parser.add_argument("--difficult", choices=("ignore", "negative", "positive"), default="ignore")
     parser.add_argument("--unlabelled", choices=("keep", "drop"), default="keep")
     parser.add_argument("--validation", choices=("train", "drop"), default="train")

@@ -1,4 +1,7 @@
 #!/usr/bin/env bash
+# bash run_all.sh         every table: sets up what is missing, prints the plan, runs what can be run with the data under DATA_ROOT,
+#                         goes on where it stopped, writes results/tables.md; --plan only plans, --overwrite does finished runs again
+#                         environment: DATA_ROOT SEEDS GPU ONLY and more, explained at the top of tests/tables.py
 # bash run_all.sh demo    sets up what is missing, trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
 # bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--count N] [options of llm_text.py and adapter_rp.py]
 #                         from a list of label names to tagged photos: sentences for the labels, an adapter, one JSON line a photo
@@ -9,7 +12,7 @@ set -euo pipefail
 CALLED_FROM="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() { sed -n '2,7s/^# //p' "$PWD/run_all.sh"; }
+usage() { sed -n '2,10s/^# //p' "$PWD/run_all.sh"; }
 
 set_up() {
     if [ -z "${VIRTUAL_ENV:-}" ]; then
@@ -30,7 +33,16 @@ set_up() {
     fi
 }
 
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
+
 case "${1:-}" in
+    "" | --plan | --overwrite)
+        set_up
+        for name in DATA_ROOT FEATURES TEXTS; do
+            if [ -n "${!name:-}" ]; then export "$name=$(absolute "${!name}")"; fi
+        done
+        exec python tests/tables.py "$@"
+        ;;
     demo)
         set_up
         python scenes.py draw runs/demo/pictures --count 12 >&2
@@ -62,7 +74,6 @@ EOF
     tag)
         case " $* " in *" -h "* | *" --help "*) usage; echo "the options: python llm_text.py --help, python adapter_rp.py --help"; exit 0 ;; esac
         case "${2:--}${3:--}" in -* | *-) echo "run_all.sh tag: needs a label file and a folder of photos, before any option" >&2; usage >&2; exit 2 ;; esac
-        absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
         words="$(absolute "$2")" photos="$(absolute "$3")"
         shift 3
         llm=(--quiet) identity='' adapter=(--quiet) backbone=ViT-B-32 pretrained=openai url=template
@@ -119,6 +130,6 @@ EOF
         shift
         python -m pytest -q -rs tests "$@"
         ;;
-    "" | -h | --help | help) usage ;;
+    -h | --help | help) usage ;;
     *) echo "run_all.sh: unknown command '$1'" >&2; usage >&2; exit 2 ;;
 esac

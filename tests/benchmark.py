@@ -1,6 +1,7 @@
 """Side-by-side timings: the plain formula (A) and the fused path (B), interleaved in one run, on the CPU.
 
     python tests/benchmark.py rp --output D      2 minutes on two cores; prints tables, writes D/benchmark.json
+    python tests/benchmark.py cost --output D    a minute: only the last of these tables, prompt tuning against the adapter
     python tests/benchmark.py sspa --output D    under 10 minutes; likewise
     python tests/benchmark.py towers --output D  minutes: time and memory of CLIP's image towers in SSPA, frozen and tuned
 
@@ -222,6 +223,11 @@ def bench_prompt_tuning(quick):
     return rows
 
 
+def bench_cost(quick):
+    """Prompt tuning against the adapter alone: what bash run_all.sh tabulates."""
+    return bench_prompt_tuning(quick), matmul_peak()
+
+
 def compiled_ms(function, rounds, steps):
     """torch.compile on the reference, where there is a C++ compiler: an upper anchor. -> milliseconds, or None"""
     if not any(map(shutil.which, ("g++", "clang++"))):
@@ -396,44 +402,19 @@ def bench_towers(quick):
     return rows, matmul_peak()
 
 
-def draw_prompt_tuning(rows, path):
-    """Seconds a step against the number of labels, both axes logarithmic."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: it needs matplotlib (pip install matplotlib)", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    rows = [r for r in rows if r["path"] == "prompt tuning"]
-    classes = [int(r["shape"][2:]) for r in rows]
-    figure, axes = plt.subplots(figsize=(6, 3.6), dpi=120)
-    axes.loglog(classes, [r["reference_ms"] / 1e3 for r in rows], "o-", label="prompt tuning (C x 77 tokens through the text encoder)")
-    axes.loglog(classes, [r["fused_ms"] / 1e3 for r in rows], "s-", label="adapter (this project's RP step)")
-    axes.set(xlabel="labels", ylabel="seconds a training step", xticks=classes, xticklabels=classes)
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    print(f"picture: {path}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("method", choices=["rp", "sspa", "towers"])
+    parser.add_argument("method", choices=["rp", "sspa", "towers", "cost"])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: shows that it runs, not what it measures")
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # as adapter_rp.py does, for both sides: without it steps at C >= 1,000 take ten times as long on either
     began = time.time()
     args.output.mkdir(parents=True, exist_ok=True)
-    rows, peak = {"rp": bench_rp, "sspa": bench_sspa, "towers": bench_towers}[args.method](args.quick)
+    rows, peak = {"rp": bench_rp, "sspa": bench_sspa, "towers": bench_towers, "cost": bench_cost}[args.method](args.quick)
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
                "matmul_multiplications_per_second": peak, "minutes": (time.time() - began) / 60, "quick": args.quick}
     data.write_json(args.output / "benchmark.json", {"machine": machine, "rows": rows})
-    if args.method == "rp":
-        draw_prompt_tuning(rows, args.output / "prompt_tuning.png")
     print(f"{args.output / 'benchmark.json'}: {len(rows)} rows, {machine['minutes']:.1f} minutes")
 
 
