@@ -512,7 +512,7 @@ def draw_all(folder, tables):
 def print_plan(runs, states, settings):
     here = [run for run in runs if states[run.name][0] == "to do"]
     done = sum(states[run.name][0] == "done" for run in runs)
-    left = [run for run in runs if states[run.name][0] not in ("to do", "done", "not asked for")]
+    left = [run for run in runs if states[run.name][0] not in ("to do", "done", "not asked for") and chosen(run, settings.only)]
     print(f"plan: {len(here)} runs to do, about {sum(run.minutes for run in here):,.0f} minutes on two CPU cores; {done} done before; {len(left)} cannot be run"
           + (f"; {len(runs) - len(here) - done - len(left)} not asked for (ONLY)" if settings.only else ""))
     if here:
@@ -595,7 +595,7 @@ def main(argv=None):
         states = {}
         for run in runs:
             states[run.name] = state_of(run, root / run.name, settings, missing, overwrite and chosen(run, settings.only))
-            if states[run.name][0] != "done" and not chosen(run, settings.only):
+            if states[run.name][0] not in ("done", "missing") and not chosen(run, settings.only):
                 states[run.name] = ("not asked for", None, None)
         return states
 

@@ -251,7 +251,7 @@ def test_descriptions_with_holes(command, tmp_path):
 
 def test_interrupt_and_resume(command, cache, tmp_path):
     """Ctrl-C in the second of two seeds, then the same command: the same weights and numbers as an undisturbed run."""
-    words = [*FROZEN, "--limit", "1000", "--epochs", "12", "--seed", "0", "1"]
+    words = [*FROZEN, "--limit", "500", "--epochs", "12", "--seed", "0", "1"]
     full = [sys.executable, str(REPOSITORY / "sspa.py"), *words, "--cpu", "--cache", cache, "--output", str(tmp_path / "stopped")]
     process = subprocess.Popen(full, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "RESUME_SECONDS": "0"},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a suite run in the background would hand down "ignore"

@@ -20,7 +20,7 @@ from data import UsageError
 
 import tables
 
-SMALL = {"OPTIONS": "--limit 300 --epochs 2", "ONLY": "rp-law", "FEATURES": "", "GPU": "cpu"}
+SMALL = {"OPTIONS": "--limit 300 --epochs 2", "ONLY": "rp-scenes-uniform rp-scenes-sphere", "FEATURES": "", "GPU": "cpu"}
 
 
 @pytest.fixture
@@ -56,25 +56,25 @@ def test_plan_without_any_dataset(run_all, tmp_path):
 def test_run_again_overwrite_and_kill(run_all, tmp_path):
     """Twice is once; --overwrite is the same again; killed anywhere and started again gives the same tables."""
     first = run_all(**SMALL).stdout
-    assert "3 runs to do" in first and "\n3 of " not in first and ": 3 of " in first
+    assert "2 runs to do" in first and ": 2 of " in first
     record, page = tables_in(tmp_path), (tmp_path / "results/tables.md").read_text()
     law = next(table for table in record["tables"] if table["name"] == "rp-law")
-    for column, name, std in ((0, "rp-scenes", 0.15), (1, "rp-scenes-uniform", 0.15), (2, "rp-scenes-sphere", 0.15), (3, "rp-scenes", 0)):  # against the records themselves
+    for column, name, std in ((1, "rp-scenes-uniform", 0.15), (2, "rp-scenes-sphere", 0.15)):  # against the records themselves
         behind = json.loads((REPOSITORY / record["runs"][name]["metrics"]).read_text())
         values = [run["mAP"] for run in behind["runs"] if run["noise_std"] == std]
         cell = law["rows"][0]["cells"][column]
         assert len(values) == 3 and cell["mean"] == pytest.approx(statistics.mean(values)) and cell["std"] == pytest.approx(statistics.stdev(values)) and cell["run"] == name
         assert f"[{cell['mean']:.2f} ± {cell['std']:.2f}]" in page and record["runs"][name]["commit"] == behind["commit"] and record["runs"][name]["seeds"] == [0, 1, 2]
     links = re.findall(r"\]\(([^)]*metrics\.json)\)", page)
-    assert len(links) > 6 and all((tmp_path / "results" / link).resolve().is_file() for link in links)
+    assert len(links) == 4 and all((tmp_path / "results" / link).resolve().is_file() for link in links)
     assert "not available offline" in page and str(tmp_path / "nothing") in page
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
-    assert len(stamps) == 3 and "0 runs to do" in run_all(**SMALL).stdout
+    assert len(stamps) == 2 and "0 runs to do" in run_all(**SMALL).stdout
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps} and tables_in(tmp_path) == record
-    assert "3 runs to do" in run_all("--overwrite", **SMALL).stdout
+    assert "2 runs to do" in run_all("--overwrite", **SMALL).stdout
     assert all(path.stat().st_mtime_ns > stamp for path, stamp in stamps.items()) and tables_in(tmp_path)["tables"] == record["tables"]
     other = tmp_path / "killed"
-    for pause, how in ((4, "all of it"), (7, "only its first process"), (9, "Ctrl-C")):
+    for pause, how in ((5, "all of it"), (6, "only its first process"), (7, "Ctrl-C")):
         process = run_all(wait=False, folder=other, **SMALL)
         time.sleep(pause)
         if how == "only its first process":  # its successor waits for the run that was left behind
@@ -96,7 +96,7 @@ def test_failing_runs(run_all, tmp_path, cache):
     assert re.search(r"rp-scenes-uniform.*failed: adapter_rp.py: .*is a file, not a folder \(exit code 2; .*rp-scenes-uniform\.log\)", done.stdout)
     record = tables_in(tmp_path)
     law = next(table for table in record["tables"] if table["name"] == "rp-law")["rows"][0]["cells"]
-    assert law[1] == "failed" and all(isinstance(law[n], dict) for n in (0, 2, 3)) and record["runs"]["rp-scenes-uniform"]["state"] == "failed"
+    assert law[1] == "failed" and isinstance(law[2], dict) and record["runs"]["rp-scenes-uniform"]["state"] == "failed"
     assert "is a file, not a folder" in (tmp_path / "results/tables.md").read_text()
     (root / "rp-scenes-uniform").unlink()
     assert "1 runs to do" in run_all(**SMALL).stdout  # mended: only that one is left
@@ -109,8 +109,7 @@ def test_photographs(run_all, tmp_path, shared):
     words = {"DATA_ROOT": str(shared), "CLIP": "--backbone scenes", "OPTIONS": "--limit 60 --epochs 1", "SEEDS": "5", "FEATURES": "", "GPU": "cpu"}
     plan = run_all("--plan", MINUTES="0.5", **words).stdout
     assert re.search(r"too long: .*sspa-voc2007-tuned.*\n +about .* on a CPU\n +GPU=0 uses a GPU, MINUTES=\d+ runs it all the same", plan), plan
-    assert re.search(r"^  rp-voc2007-llm ", run_all("--plan", **words).stdout, re.M)
-    run_all(ONLY="sspa-natural rp-voc2007 rp-voc2007-llm", **words)
+    run_all(ONLY="sspa-natural rp-voc2007-llm", **words)
     record = tables_in(tmp_path)
     rows = {row["label"]: row["cells"] for row in next(table for table in record["tables"] if table["name"] == "sspa-natural")["rows"]}
     for metric in tables.LABEL_METRICS:
@@ -154,8 +153,8 @@ def test_paper_numbers(monkeypatch, tmp_path):
             tables.paper_numbers()
 
 
-def test_readme_block_is_not_stale(command, tmp_path):
-    """The README's block and its pictures are made of assets/tables.json; that is of today's runs and tables; and a run done again gives its number."""
+def test_readme_block_is_not_stale():
+    """The README's block and its pictures are made of assets/tables.json, and that of today's runs and tables. (That a run still gives its numbers: tests/test_cli.py.)"""
     record = json.loads((REPOSITORY / "assets/tables.json").read_text())
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     block = readme[readme.index(tables.BEGIN):readme.index(tables.END) + len(tables.END)]
@@ -181,9 +180,6 @@ def test_readme_block_is_not_stale(command, tmp_path):
             if old["name"] != "rp-cost":  # times differ from machine to machine
                 pairs = [(a, b) for row, other in zip(old["rows"], new["rows"]) for a, b in zip(row["cells"], other["cells"]) if isinstance(a, dict) and isinstance(b, dict)]
                 assert all(abs(a["mean"] - b["mean"]) < 1 for a, b in pairs), f"{old['name']}: {advice}"
-    command("adapter_rp.py", "--seed", 0, 1, 2, "--output", tmp_path)
-    cell = next(table for table in record["tables"] if table["name"] == "rp-law")["rows"][0]["cells"][0]
-    assert abs(json.loads((tmp_path / "metrics.json").read_text())["mAP"] - cell["mean"]) < 0.3, advice
 
 
 def test_what_cannot_be_understood(run_all, tmp_path):
