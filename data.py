@@ -23,6 +23,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -67,7 +68,8 @@ def write_atomically(path, content):
     except OSError as error:
         if partial.is_file():
             partial.unlink()
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder") from None
+        remedy = "a file is in the way: remove or rename it" if isinstance(error, (FileExistsError, NotADirectoryError)) else "free some space or choose another folder"
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
 
 
 def write_json(path, value):
@@ -341,38 +343,48 @@ VOC_NAMES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "ca
 RAW_NAMES = {"voc2007": {name.replace(" ", ""): name for name in VOC_NAMES}, **json.loads((ASSETS / "labels" / "names.json").read_text(encoding="utf-8"))}  # a file's own label -> words for a prompt
 DATASET_NAMES = {"scenes": scenes.NAMES, **{dataset: list(table.values()) for dataset, table in RAW_NAMES.items()}}
 SCENES = {"train": 20000, "test": 2000}  # pictures a split
-EXPECTED = {  # the tree that is looked for, and who publishes it
+EXPECTED = {  # the tree that is looked for under the folder given, and who publishes it; <root> stands for that folder
     "voc2007": ("VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}",
-                "add --download (about 870 MB, hash-checked), or fetch VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2007/ and unpack both there"),
+                "add --download (about 870 MB, hash-checked), or fetch VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2007/ and unpack both in <root>"),
     "coco2014": ("coco2014/{annotations/instances_{train,val}2014.json, train2014/*.jpg, val2014/*.jpg} (or the same with 2017)",
-                 "fetch train2014.zip, val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download and unpack all three there"),
+                 "fetch train2014.zip, val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download and unpack all three in <root>/coco2014"),
     "nuswide": ("nuswide/{Concepts81.txt, ImageList/{Train,Test}Imagelist.txt, TrainTestLabels/Labels_<concept>_{Train,Test}.txt, Flickr/<folder>/*.jpg}",
-                "fetch ConceptsList.zip, ImageList.zip and Groundtruth.zip from https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html; the photos are asked for there"),
-    "pa100k": ("pa100k/{annotation.mat, release_data/*.jpg}", "fetch both from https://github.com/xh-liu/HydraPlus-Net"),
-    "rapv1": ("rapv1/{RAP_annotation.mat, RAP_dataset/*.png}", "ask its owners: https://www.rapdataset.com"),
-    "peta": ("peta/{PETA.mat, images/00001.png ...}", "fetch the photos from http://mmlab.ie.cuhk.edu.hk/projects/PETA.html; PETA.mat numbers them 1 to 19,000"),
-    "multiscene": ("multiscene/{train.csv, test.csv, images/*} (each CSV: a column of file names, then 36 columns of 0 and 1 headed by the labels' names)", "fetch MultiScene-Clean from https://multiscene.github.io"),
-    "mlrsnet": ("mlrsnet/{Images/<category>/*.jpg, Labels/<category>.csv}", "fetch it from https://data.mendeley.com/datasets/7j9bv9vwsx/3"),
-    "ucm": ("ucm/{LandUse_Multilabeled.txt, Images/<category>/*.tif}", "fetch the photos from http://weegee.vision.ucmerced.edu/datasets/landuse.html and multilabels.zip from https://bigearth.eu/datasets.html"),
-    "folder": ("{labels.csv or labels.json, photos}", 'labels.csv: a column of file names, then a column of 0 and 1 a label, and if wanted a column "split" of train and test; labels.json: {"photo.jpg": ["dog", "cat"], ...}')}
+                "fetch ConceptsList.zip, ImageList.zip and Groundtruth.zip from https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html and unpack them in <root>/nuswide; "
+                "the photos are asked for there: each where the image list says, under Flickr/"),
+    "pa100k": ("pa100k/{annotation.mat, release_data/*.jpg}", "fetch both from https://github.com/xh-liu/HydraPlus-Net into <root>/pa100k"),
+    "rapv1": ("rapv1/{RAP_annotation.mat, RAP_dataset/*.png}", "ask its owners for RAP_annotation and RAP_dataset, https://www.rapdataset.com, and unpack both in <root>/rapv1"),
+    "peta": ("peta/{PETA.mat, images/00001.png ... 19000.png}",
+             "the owners' photos (http://mmlab.ie.cuhk.edu.hk/projects/PETA.html) lie in ten folders; https://github.com/dangweili/pedestrian-attribute-recognition-pytorch links PETA.mat with the photos renumbered as it counts them (PETA-New.zip): unpack it in <root>/peta"),
+    "multiscene": ("multiscene/{train.csv, test.csv, images/*} (each CSV: a column of file names, then 36 columns of 0 and 1 headed by the labels' names; all photos in one folder)",
+                   "fetch MultiScene-Clean from https://multiscene.github.io and write its labels in this form: " + ", ".join(RAW_NAMES["multiscene"])),
+    "mlrsnet": ("mlrsnet/{Images/<category>/*.jpg, Labels/<category>.csv}", "fetch it from https://data.mendeley.com/datasets/7j9bv9vwsx/3 and unpack every category: 46 folders in Images, 46 files in Labels"),
+    "ucm": ("ucm/{LandUse_Multilabeled.txt, Images/<category>/*.tif}",
+            "fetch UCMerced_LandUse.zip from http://weegee.vision.ucmerced.edu/datasets/landuse.html and multilabels.zip from https://bigearth.eu/datasets.html and unpack both in <root>/ucm"),
+    "folder": ("{labels.csv or labels.json, photos}", 'labels.csv: a column of file names, then a column of 0 and 1 a label (first line: the names of the columns), and if wanted a column "split" of train and test; '
+               'labels.json: {"photo.jpg": ["dog", "cat"], ...}; file names with their ending, and with their folder where they lie in one')}
+
+
+class MissingData(UsageError):
+    """Files of a dataset are not there; load_photos adds the tree expected and who publishes it."""
 
 
 def _base(dataset, root, folders, marker):
-    """The first of root/<folder> that holds one of the marker files. Raises UsageError that shows the tree expected and who publishes it."""
+    """The first of root/<folder> that holds one of the marker files. Raises MissingData, which names one that lies deeper."""
     markers = (marker,) if isinstance(marker, str) else marker
     for folder in (*folders, "."):
         if any((Path(root) / folder / name).exists() for name in markers):
             return Path(root) / folder
-    tree, get = EXPECTED[dataset]
-    raise UsageError(f"{dataset}: no {' or '.join(markers)} under {root}; expected {Path(root)}/{tree}; {get}")
+    if not Path(root).is_dir():
+        raise MissingData(f"{dataset}: there is no folder {root}")
+    deeper = next((path for folder in (".", *folders) for depth in ("*", "*/*") for name in markers for path in sorted((Path(root) / folder).glob(f"{depth}/{name}"))), None)
+    raise MissingData(f"{dataset}: no {markers[0]} under {root}" + (f" where it is looked for, but {deeper}: move the files up" if deeper else ""))
 
 
 def _labelled(dataset, photos, labels, policy, unlabelled="keep", names=None):
     """Drop photos that are not there (counted and named) and, if asked, those without any label -> LabelledPhotos"""
     there = np.array([path.is_file() for path in photos], bool)
     if not there.any():
-        tree, get = EXPECTED[dataset]
-        raise UsageError(f"{dataset}: none of its {len(photos):,} photos is there (first: {photos[0] if photos else 'none listed'}); expected {tree}; {get}")
+        raise MissingData(f"{dataset}: the labels are there, but none of the {len(photos):,} photos that they name (first: {photos[0] if photos else 'none listed'})")
     if not there.all():
         gone = np.flatnonzero(~there)
         say(f"{dataset}: {len(gone):,} of {len(photos):,} photos are missing and left out (first: {photos[gone[0]]})")
@@ -456,7 +468,7 @@ def nuswide(root, split, unlabelled="keep"):
     if odd:
         say(f"nuswide: {odd} label values other than 0 and 1 are ignored")
     photos = base / next((name for name in ("Flickr", "images", "Images") if (base / name).is_dir()), "Flickr")
-    flat = not any((photos / file).is_file() for file in files[:100])  # mirrors without the folders of the list
+    flat = not any((photos / file).is_file() for file in files[:100]) and any((photos / Path(file).name).is_file() for file in files[:100])  # mirrors without the folders of the list
     return _labelled("nuswide", [photos / (Path(file).name if flat else file) for file in files], labels, f"unlabelled={unlabelled}, {odd} odd values ignored", unlabelled)
 
 
@@ -530,12 +542,12 @@ def peta(root, split, partition=0, validation="train"):
 
 
 def _label_table(dataset, path, raw=None):
-    """A table of 0 and 1 (-1: ignored), comma or tab, read by its own header -> (files, raw label names, int8 [N, C], splits or None).
+    """A table of 0 and 1 (-1: ignored), comma, semicolon or tab, read by its own header -> (files, raw label names, int8 [N, C], splits or None).
 
     The first column holds file names; a column "split" may say train or test. raw: names wanted, in that order (others are refused).
     """
     lines = read_text(path, f"{dataset}: labels").splitlines()
-    rows = list(csv.reader(lines, delimiter="\t" if lines and lines[0].count("\t") > lines[0].count(",") else ","))
+    rows = list(csv.reader(lines, delimiter=max(",;\t", key=lines[0].count) if lines else ","))
     rows = [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
     if len(rows) < 2:
         raise UsageError(f"{dataset}: {path} holds no photo")
@@ -546,7 +558,7 @@ def _label_table(dataset, path, raw=None):
     found = {name: index for index, name in enumerate(header) if index and index != splits}
     if raw is not None and set(found) != set(raw):
         missing, extra = sorted(set(raw) - set(found)), sorted(set(found) - set(raw))
-        raise UsageError(f"{dataset}: {path}: header {'lacks ' + ', '.join(missing[:5]) if missing else ''}{' and ' if missing and extra else ''}{'has unknown ' + ', '.join(extra[:5]) if extra else ''}")
+        raise UsageError(f"{dataset}: {path}: header {'lacks ' + ', '.join(missing) if missing else ''}{' and ' if missing and extra else ''}{'has unknown ' + ', '.join(extra) if extra else ''}")
     if len(found) != len(header) - 1 - (splits is not None):
         raise UsageError(f"{dataset}: {path}: a label stands twice in the header")
     raw = list(found) if raw is None else list(raw)
@@ -554,9 +566,9 @@ def _label_table(dataset, path, raw=None):
         labels = np.array([[float(row[found[name]]) for name in raw] for row in body])
     except (ValueError, IndexError):
         bad = next(n for n, row in enumerate(body, 2) if len(row) < len(header) or not all(re.fullmatch(r"-?[01](\.0*)?", row[found[name]]) for name in raw))
-        raise UsageError(f"{dataset}: {path}, line {bad}: needs {len(header)} cells, each label 0, 1 or -1") from None
+        raise UsageError(f"{dataset}: {path}, line {bad}: needs {len(header)} cells, each label 1 (present), 0 (absent) or -1 (ignored)") from None
     if not np.isin(labels, (-1, 0, 1)).all():
-        raise UsageError(f"{dataset}: {path}, line {2 + int(np.flatnonzero(~np.isin(labels, (-1, 0, 1)).all(1))[0])}: each label must be 0, 1 or -1")
+        raise UsageError(f"{dataset}: {path}, line {2 + int(np.flatnonzero(~np.isin(labels, (-1, 0, 1)).all(1))[0])}: each label must be 1 (present), 0 (absent) or -1 (ignored)")
     return [row[0] for row in body], raw, labels.astype(np.int8), None if splits is None else [row[splits] for row in body]
 
 
@@ -582,7 +594,10 @@ def mlrsnet(root, split, validation="train", split_seed=0):
     base = _base("mlrsnet", root, ("mlrsnet", "MLRSNet"), ("Labels", "labels"))
     tables = sorted((base / ("Labels" if (base / "Labels").is_dir() else "labels")).glob("*.csv"))
     if not tables:
-        raise UsageError(f"mlrsnet: no CSV in {base / 'Labels'}; expected {EXPECTED['mlrsnet'][0]}; {EXPECTED['mlrsnet'][1]}")
+        raise MissingData(f"mlrsnet: no CSV in {base / ('Labels' if (base / 'Labels').is_dir() else 'labels')}")
+    unlabelled = sorted({path.name for path in (base / "Images").glob("*") if path.is_dir()} - {path.stem for path in tables})
+    if unlabelled:
+        say(f"mlrsnet: no CSV for the photos of {', '.join(unlabelled)}: left out")
     photos, labels = [], []
     for path in tables:
         files, _, marks, _ = _label_table("mlrsnet", path, RAW_NAMES["mlrsnet"])
@@ -590,7 +605,7 @@ def mlrsnet(root, split, validation="train", split_seed=0):
         rows = test if split == "test" else np.concatenate([train, held_out]) if validation == "train" else train
         photos += [base / "Images" / path.stem / files[row] for row in rows]
         labels.append(marks[rows])
-    return _labelled("mlrsnet", photos, np.concatenate(labels), f"40/10/50 % of every category by seed {split_seed}, validation={validation}")
+    return _labelled("mlrsnet", photos, np.concatenate(labels), f"{len(tables)} categories, 40/10/50 % of each by seed {split_seed}, validation={validation}" + f"; {len(unlabelled)} categories without CSV left out" * bool(unlabelled))
 
 
 def ucm(root, split, split_seed=0):
@@ -599,7 +614,8 @@ def ucm(root, split, split_seed=0):
     base = _base("ucm", root, ("ucm", "UCMerced_LandUse", "UCM"), markers)
     files, _, labels, _ = _label_table("ucm", next(base / name for name in markers if (base / name).is_file()), RAW_NAMES["ucm"])
     rows = dict(zip(("train", "test"), _shared_out(len(files), (0.8, 0.2), split_seed)))[split]
-    return _labelled("ucm", [base / "Images" / re.sub(r"\d+$", "", Path(files[row]).stem) / f"{Path(files[row]).stem}.tif" for row in rows], labels[rows], f"80/20 by seed {split_seed}")
+    photos = next((folder for folder in (base / "Images", base / "UCMerced_LandUse/Images") if folder.is_dir()), base / "Images")
+    return _labelled("ucm", [photos / re.sub(r"\d+$", "", Path(files[row]).stem) / f"{Path(files[row]).stem}.tif" for row in rows], labels[rows], f"80/20 by seed {split_seed}")
 
 
 def folder(root, split, split_seed=0):
@@ -607,6 +623,10 @@ def folder(root, split, split_seed=0):
     base = _base("folder", root, (), ("labels.csv", "labels.json"))
     if (base / "labels.csv").is_file():
         files, names, labels, splits = _label_table("folder", base / "labels.csv")
+        if not set(names) - {"0", "1", "-1"}:
+            raise UsageError(f"folder: {base / 'labels.csv'}: the first line must name the columns, a label each; expected {EXPECTED['folder'][1]}")
+        if (base / "labels.json").is_file():
+            say(f"folder: {base / 'labels.csv'} is read, {base / 'labels.json'} is not")
         check_names(names, f"folder: {base / 'labels.csv'}")
     else:
         table = read_json(base / "labels.json", "folder: labels")
@@ -618,7 +638,7 @@ def folder(root, split, split_seed=0):
         raise UsageError(f"folder: {base / 'labels.csv'}: the column split must say train or test, not '{sorted(set(splits) - {'train', 'test'})[0]}'")
     rows = np.array([n for n, part in enumerate(splits) if part == split]) if splits else dict(zip(("train", "test"), _shared_out(len(files), (0.8, 0.2), split_seed)))[split]
     if not len(rows):
-        raise UsageError(f"folder: {base}: no photo is in the {split} part")
+        raise UsageError(f"folder: {base}: no photo is in the {split} part; add photos, or a column split to labels.csv")
     return _labelled("folder", [base / files[row] for row in rows], labels[rows], "split by its own column" if splits else f"80/20 by seed {split_seed}", names=names)
 
 
@@ -632,7 +652,7 @@ DATASETS = ("scenes", *LOADERS)
 
 def label_names(dataset, root):
     """Readable label names of a dataset, in the order of its labels; those of "folder" stand in its own file."""
-    return list(DATASET_NAMES[dataset]) if dataset in DATASET_NAMES else folder(root, "train").names
+    return list(DATASET_NAMES[dataset]) if dataset in DATASET_NAMES else load_photos("folder", root, "train").names
 
 
 def folder_digest(root):
@@ -663,10 +683,16 @@ def load_photos(dataset, root, split, limit=None, download=False, **policies):
     if download and dataset == "voc2007" and not ((sets / "trainval.txt").is_file() and (sets / "test.txt").is_file()):
         download_voc2007(root)
     if download and dataset != "voc2007":
-        raise UsageError(f"--download fetches voc2007 only; {dataset}: {EXPECTED[dataset][1]}")
+        raise UsageError(f"--download fetches voc2007 only; {dataset}: {EXPECTED[dataset][1].replace('<root>', str(root))}")
     loader = LOADERS[dataset]
     known = inspect.signature(loader).parameters
-    photos, labels, names, policy = loader(root, split, **{name: value for name, value in policies.items() if name in known})
+    try:
+        photos, labels, names, policy = loader(root, split, **{name: value for name, value in policies.items() if name in known})
+    except UsageError as error:
+        if not isinstance(error, MissingData) and not str(error).endswith("no such file"):
+            raise
+        tree, get = (text.replace("<root>", str(root)) for text in EXPECTED[dataset])
+        raise UsageError(f"{error}; expected {Path(root)}/{tree}; {get}") from None
     return LabelledPhotos(photos[:limit], labels[:limit], names, policy)
 
 
@@ -679,6 +705,8 @@ def load_features(path):
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"features file {path}: no such file")
+    if not zipfile.is_zipfile(path):
+        raise UsageError(f"features file {path}: not a readable .npz")
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
@@ -1109,6 +1137,8 @@ def check(dataset, root, download=False, **policies):
                      f"{int((found.labels == -1).sum()):,} ignored, {int((~(found.labels == 1).any(1)).sum()):,} photos without a label; {found.policy}")
         if published and published != len(found.photos):
             wrong.append(f"{split}: {len(found.photos):,} photos, {published:,} published")
+        if "left out" in found.policy:
+            wrong.append(f"{split}: {found.policy}")
         if unseen := [name for name, positives in zip(found.names, (found.labels == 1).sum(0)) if not positives]:
             wrong.append(f"{split}: no photo with {', '.join(unseen[:10])}{' ...' if len(unseen) > 10 else ''}")
         for path in (found.photos[n] for n in np.random.default_rng(0).permutation(len(found.photos))[:20]):
@@ -1116,6 +1146,8 @@ def check(dataset, root, download=False, **policies):
                 open_photo(path)
             except Exception as error:  # Pillow raises many kinds
                 wrong.append(f"{split}: {path} cannot be read ({error})")
+    if dataset == "mlrsnet" and policies.get("validation") != "drop" and (count := sum(len(found.photos) for found in parts.values())) != 109161:
+        wrong.append(f"{count:,} photos in all, 109,161 published")
     both = {str(p) for p in parts["train"].photos} & {str(p) for p in parts["test"].photos}
     if both:
         wrong.append(f"{len(both):,} photos are in both parts (first: {min(both)})")
@@ -1127,14 +1159,14 @@ def check(dataset, root, download=False, **policies):
 
 def main(words=None):
     parser = argparse.ArgumentParser(description="Look at a dataset before training on it: counts beside the published ones, and what is wrong. Exit code 2 if something is.")
-    parser.add_argument("--check", required=True, choices=list(LOADERS))
-    parser.add_argument("--data-root", default="data")
+    parser.add_argument("--check", required=True, choices=list(LOADERS), help="the dataset")
+    parser.add_argument("--data-root", default="data", help="folder that holds the datasets (default: %(default)s)")
     parser.add_argument("--download", action="store_true", help="fetch voc2007 (870 MB) into --data-root if it is not there")
-    parser.add_argument("--difficult", choices=("ignore", "negative", "positive"), default="ignore")
-    parser.add_argument("--unlabelled", choices=("keep", "drop"), default="keep")
-    parser.add_argument("--validation", choices=("train", "drop"), default="train")
-    parser.add_argument("--partition", type=int, choices=range(5), default=0)
-    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--difficult", choices=("ignore", "negative", "positive"), default="ignore", help="voc2007: labels seen only on difficult objects become (default: %(default)s)")
+    parser.add_argument("--unlabelled", choices=("keep", "drop"), default="keep", help="coco2014, nuswide: photos without any label (default: %(default)s)")
+    parser.add_argument("--validation", choices=("train", "drop"), default="train", help="pa100k, peta, mlrsnet: validation photos (default: %(default)s)")
+    parser.add_argument("--partition", type=int, choices=range(5), default=0, help="rapv1, peta: which of the owners' five (default: %(default)s)")
+    parser.add_argument("--split-seed", type=int, default=0, help="mlrsnet, ucm, folder: draws the split (default: %(default)s)")
     policies = vars(parser.parse_args(words))
     dataset, root = policies.pop("check"), policies.pop("data_root")
     try:
@@ -1145,7 +1177,7 @@ def main(words=None):
     print(text)
     for line in wrong:
         say(f"wrong? {line}")
-    print(f"\n{f'{len(wrong)} things to look at, named above' if wrong else 'nothing wrong was found'}", flush=True)
+    print(f"\n{f'to look at, named above: {len(wrong)}' if wrong else 'nothing wrong was found'}", flush=True)
     return 2 if wrong else 0
 
 

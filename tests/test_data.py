@@ -132,7 +132,7 @@ def test_voc2007_small_and_broken(tmp_path):
     with pytest.raises(UsageError, match="000001.xml cannot be read"):
         data.voc2007(tmp_path, "test")
     with pytest.raises(UsageError, match="VOCdevkit/VOC2007/{JPEGImages"):
-        data.voc2007(tmp_path / "elsewhere", "test")
+        data.load_photos("voc2007", tmp_path / "elsewhere", "test")
     with pytest.raises(UsageError, match="trainval.txt: no such file"):
         data.voc2007(tmp_path, "trainval")
 

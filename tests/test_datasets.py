@@ -42,7 +42,33 @@ def test_missing(dataset, tmp_path):
         with pytest.raises(UsageError) as error:
             data.load_photos(dataset, tmp_path, split)
         message = str(error.value)
-        assert str(tmp_path) in message and data.EXPECTED[dataset][0] in message and data.EXPECTED[dataset][1] in message and "\n" not in message
+        tree, get = (text.replace("<root>", str(tmp_path)) for text in data.EXPECTED[dataset])
+        assert f"expected {tmp_path}/{tree}; {get}" in message and "\n" not in message
+
+
+def test_half_done(tmp_path, capsys):
+    """Files one folder too deep are found and named; photos, label files and archives that lack are told apart; the check does not pass over them."""
+    (tmp_path / "VOCdevkit/VOC2007/VOCdevkit/VOC2007/ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "coco2014/annotations/annotations").mkdir(parents=True)
+    (tmp_path / "coco2014/annotations/annotations/instances_val2014.json").write_text("{}")
+    for dataset, deeper in (("voc2007", "VOCdevkit/VOC2007/VOCdevkit/VOC2007/ImageSets/Main"), ("coco2014", "coco2014/annotations/annotations/instances_val2014.json")):
+        with pytest.raises(UsageError, match=f"where it is looked for, but {tmp_path}/{deeper}: move the files up; expected {tmp_path}/"):
+            data.load_photos(dataset, tmp_path, "test")
+    with pytest.raises(UsageError, match="there is no folder .*/nowhere; expected"):
+        data.load_photos("ucm", tmp_path / "nowhere", "test")
+    (tmp_path / "nuswide/ImageList").mkdir(parents=True)
+    (tmp_path / "nuswide/ImageList/TestImagelist.txt").write_text("a\\1.jpg\n")
+    with pytest.raises(UsageError, match=f"Concepts81.txt: no such file; expected .*ConceptsList.zip.* unpack them in {tmp_path}/nuswide"):
+        data.load_photos("nuswide", tmp_path, "test")
+    raw = list(data.RAW_NAMES["mlrsnet"])
+    table(tmp_path / "mlrsnet/Labels/beach.csv", ["image", *raw], [[f"beach_{n}.jpg", 1, *[0] * 59] for n in range(10)])
+    for n in range(9):
+        photo(tmp_path / f"mlrsnet/Images/beach/beach_{n}.jpg")
+    photo(tmp_path / "mlrsnet/Images/cloud/cloud_1.jpg")
+    assert data.main(["--check", "mlrsnet", "--data-root", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    for line in ("no CSV for the photos of cloud", "1 missing photos left out", "1 categories without CSV left out", "wrong? 9 photos in all, 109,161 published"):
+        assert line in told
 
 
 # --- natural photos -----------------------------------------------------------------------------------------------------
@@ -210,7 +236,8 @@ def test_folder(tmp_path):
     assert marks(train) == {"a.png": {"dog"}, "c.png": {"dog"}} and train.labels.tolist() == [[1, 0], [1, -1]] and marks(test) == {"b.png": {"cat"}}
     assert data.label_names("folder", tmp_path) == ["dog", "cat"]
     for content, said in (("file,dog\na.png,2\n", "line 2"), ("file,dog\na.png,1\nc.png\n", "line 3: needs 2 cells"), ("file,dog\n", "holds no photo"), ("file,dog,Dog\na.png,1,0\n", "stands twice"),
-                          ("file,dog,split\na.png,1,later\n", "must say train or test, not 'later'"), ("file,dog\nzz.png,1\nyy.png,1\n", "none of its")):
+                          ("file,dog,split\na.png,1,later\n", "must say train or test, not 'later'"), ("file,dog\nzz.png,1\nyy.png,1\n", "none of the 2 photos"),
+                          ("a.png,1\nb.png,0\n", "first line must name the columns")):
         (tmp_path / "labels.csv").write_text(content)
         with pytest.raises(UsageError, match=said):
             data.load_photos("folder", tmp_path, "train")
