@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # bash run_all.sh         every table: sets up what is missing, prints the plan, runs what can be run with the data under DATA_ROOT,
-#                         goes on where it stopped, writes results/tables.md; --plan only plans, --overwrite does finished runs again
-#                         environment: DATA_ROOT SEEDS GPU ONLY and more, explained at the top of tests/tables.py
+#                         goes on where it stopped, writes results/tables.md; --plan only plans, --overwrite does finished runs again. Environment:
+#                         DATA_ROOT=data     where the datasets are          SEEDS="0 1 2"        GPU=0, or GPU=cpu; without it a GPU is used if there is one
+#                         ONLY="rp-main ucm" tables, datasets or runs        MINUTES=240          longest run to be started (on a GPU: no limit)
+#                         CLIP="--backbone RN50 --pretrained FILE"           CLIP on photographs (default: ViT-B-16, OpenAI's weights)
+#                         OPTIONS="--limit 500 --epochs 1"                   more options of both scripts, to try things out
+#                         FEATURES=FILE.npz  ready embeddings (empty: none)  TEXTS=FOLDER         <dataset>.jsonl: sentences for RP, one {"text", "labels"} a line
 # bash run_all.sh demo    sets up what is missing, trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
 # bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--count N] [options of llm_text.py and adapter_rp.py]
 #                         from a list of label names to tagged photos: sentences for the labels, an adapter, one JSON line a photo
@@ -12,7 +16,7 @@ set -euo pipefail
 CALLED_FROM="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() { sed -n '2,10s/^# //p' "$PWD/run_all.sh"; }
+usage() { sed -n '2,14s/^# //p' "$PWD/run_all.sh"; }
 
 set_up() {
     if [ -z "${VIRTUAL_ENV:-}" ]; then

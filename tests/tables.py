@@ -6,15 +6,12 @@
     ONLY="rp-main voc2007" bash run_all.sh      only the runs of these tables, datasets or runs
     python tests/tables.py --readme       after a run: the README's block, assets/tables.json and its pictures, from results/tables.json
 
-Environment: DATA_ROOT (data) where the datasets are; FEATURES one .npz of ready embeddings (data.load_features; empty: none); TEXTS a folder with <dataset>.jsonl, sentences
-for RP; SEEDS (0 1 2); GPU its number, or cpu; MINUTES the longest run to be started (240 where there is no GPU); CLIP options of the CLIP on photographs
-("--backbone RN50 --pretrained FILE"); OPTIONS more options of both scripts ("--limit 500 --epochs 1", to try things out); ONLY.
-
-A run is one call of adapter_rp.py, sspa.py or tests/benchmark.py, with a folder under runs/tables. The scripts themselves decide whether it is finished, and go on
+The environment variables stand at the top of run_all.sh. A run is one call of adapter_rp.py, sspa.py or tests/benchmark.py, with a folder under runs/tables. The scripts themselves decide whether it is finished, and go on
 where they were interrupted. A number in a table is read from metrics.json, never kept beside it.
 """
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import io
@@ -34,6 +31,7 @@ sys.path.insert(0, str(REPOSITORY))
 import adapter_rp  # noqa: E402
 import data  # noqa: E402
 import sspa  # noqa: E402
+import torch  # noqa: E402
 from data import UsageError, say  # noqa: E402
 
 UNREAD = "not available offline"
@@ -48,6 +46,9 @@ SHOWN = {"scenes": "drawn scenes", "features": "ready features of photos", "voc2
 LABEL_METRICS = {"mAP": ("mAP",), "CF1": ("threshold_0.5", "CF1"), "OF1": ("threshold_0.5", "OF1"), "CF1, top 3": ("top_3", "CF1"), "OF1, top 3": ("top_3", "OF1")}
 ATTRIBUTE_METRICS = {"mA": ("attributes", "mA"), "accuracy": ("attributes", "accuracy"), "precision": ("attributes", "precision"), "recall": ("attributes", "recall"), "F1": ("attributes", "F1")}
 SPLIT_ABLATIONS = ("scenes", "voc2007")
+CLIP_OPTIONS = ("--backbone", "--pretrained", "--resolution", "--precision")
+OWN_OPTIONS = (*CLIP_OPTIONS[:2], "--dataset", "--data-root", "--download", "--seed", "--output", "--overwrite", "--features", "--texts", "--captions", "--text-count", "--noise-std", "--noise-law", "--normalize", "--tune-image",
+               "--ablate", "--checkpoint", "--eval-only", "--predict", "--explain", "--gpu", "--cpu")
 OFFLINE_MINUTES = {"rp-cost": 1.5, "sspa-scenes": 7.5, "sspa-scenes-ablations": 5, "sspa-scenes-tuned": 8, "rp-features": 1, "rp-features-unit": 1, **dict.fromkeys(("rp-features-uniform", "rp-features-sphere"), 0.3),
                    **{f"rp-features-{count}-texts": 0.4 for count in COUNTS}, **{f"rp-scenes{suffix}": 0.2 for suffix in ("", "-unit", "-uniform", "-sphere", *(f"-{count}-texts" for count in COUNTS))}}  # a run without datasets: minutes for three seeds on two CPU cores, measured
 # seconds on two CPU cores, ViT-B-16 at 224 pixels: a photo through the frozen tower, one tuned step's share of a photo, one step of SSPA's head, a sentence (README, "Speed")
@@ -87,23 +88,36 @@ def settings_from(environment):
     seeds = words("SEEDS", "0 1 2")
     if not seeds or not all(seed.isdigit() for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UsageError(f"SEEDS={environment.get('SEEDS')}: numbers from 0 on, none twice, such as SEEDS=\"0 1 2\"")
+    clip, options = words("CLIP"), words("OPTIONS")
+    for word in clip:
+        if word.startswith("--") and word.split("=")[0] not in CLIP_OPTIONS:
+            raise UsageError(f"CLIP={environment['CLIP']}: {word} has no place here; it may hold {' '.join(CLIP_OPTIONS)}")
+    for word in options:
+        if word.startswith("--") and (own := next((flag for flag in OWN_OPTIONS if flag.startswith(word.split("=")[0])), None)):
+            raise UsageError(f"OPTIONS={environment['OPTIONS']}: {own} is chosen by the tables themselves (SEEDS, GPU, CLIP, DATA_ROOT, FEATURES and TEXTS are variables of their own)")
     gpu = environment.get("GPU", "").strip()
     if gpu and gpu != "cpu" and not gpu.isdigit():
         raise UsageError(f"GPU={gpu}: the number of a GPU, or cpu")
-    with contextlib.redirect_stderr(io.StringIO()):
-        on_gpu = data.choose_device(int(gpu) if gpu.isdigit() else None, gpu == "cpu").type == "cuda"
+    count = torch.cuda.device_count()
+    if gpu.isdigit() and int(gpu) >= count:
+        raise UsageError(f"GPU={gpu}: this machine has {count} GPU{'' if count == 1 else 's'} that PyTorch can use; leave GPU out, or GPU=cpu")
+    on_gpu = count > 0 and gpu != "cpu"
     try:
         limit = float(environment["MINUTES"]) if environment.get("MINUTES") else None if on_gpu else 240.0
     except ValueError:
-        raise UsageError(f"MINUTES={environment['MINUTES']}: not a number") from None
+        limit = -1.0
+    if limit is not None and not limit > 0:
+        raise UsageError(f"MINUTES={environment['MINUTES']}: a number above 0")
     features = environment.get("FEATURES", "../shared/data/photo_embeddings/voc2007_even.npz")
     if environment.get("FEATURES"):
         data.load_features(features)
+    if environment.get("DATA_ROOT") and not Path(environment["DATA_ROOT"]).is_dir():
+        raise UsageError(f"DATA_ROOT={environment['DATA_ROOT']}: no such folder")
     texts = environment.get("TEXTS") or None
     if texts and not Path(texts).is_dir():
         raise UsageError(f"TEXTS={texts}: no such folder; it holds <dataset>.jsonl, one {{\"text\": ..., \"labels\": [...]}} a line")
     return Settings(os.path.normpath(environment.get("DATA_ROOT") or "data"), features if features and (REPOSITORY / features).is_file() else None, texts, seeds, ["--gpu", gpu] if gpu.isdigit() else ["--cpu"] if gpu == "cpu" else [],
-                    words("CLIP"), words("OPTIONS"), limit, environment.get("ONLY", "").replace(",", " ").split())
+                    clip, options, limit, environment.get("ONLY", "").replace(",", " ").split())
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
@@ -113,7 +127,7 @@ def photos_here(dataset, root):
     try:
         return tuple(len(data.load_photos(dataset, root, split).photos) for split in ("train", "test"))
     except UsageError as error:
-        return str(error) + (f" (python data.py --check voc2007 --download --data-root {shlex.quote(root)} does the former)" if dataset == "voc2007" else "")
+        return str(error).replace("add --download (about 870 MB, hash-checked)", f"python data.py --check voc2007 --download --data-root {shlex.quote(root)} fetches it (about 870 MB, hash-checked)")
 
 
 def look_for_data(settings):
@@ -124,12 +138,14 @@ def look_for_data(settings):
     missing = {dataset: answer for dataset, answer in here.items() if isinstance(answer, str)}
     counts = {dataset: published[dataset] if dataset in missing else here[dataset] for dataset in PHOTO_SETS}
     if settings.features is None:
-        missing["features"] = "no file of ready embeddings; FEATURES=FILE names one (its layout: data.load_features)"
+        missing["features"] = "no file of ready embeddings; FEATURES=FILE names one (its layout: README, 'Tables')"
     if set(PHOTO_SETS) - missing.keys():
         config = sspa.parse(["--dataset", "voc2007", *settings.clip])
         try:
             data.load_clip(config.backbone or "ViT-B-16", config.pretrained)
         except UsageError as error:
+            if not str(error).startswith("weights of"):
+                raise UsageError(f"CLIP={shlex.join(settings.clip)}: {error}") from None
             missing.update({dataset: f"the photos are here, but {error} (with run_all.sh: CLIP=\"--pretrained FILE\")" for dataset in PHOTO_SETS if dataset not in missing})
     return counts, missing
 
@@ -206,7 +222,18 @@ def result_of(run, folder):
     if run.script == "tests/benchmark.py":
         path = folder / "benchmark.json"
         return data.read_json(path, "benchmark") if path.is_file() else None
-    return (adapter_rp if run.script == "adapter_rp.py" else sspa).finished(config_of(run, folder), folder)
+    module, config, path = adapter_rp if run.script == "adapter_rp.py" else sspa, config_of(run, folder), folder / "metrics.json"
+    if path.is_file():
+        try:
+            then, now = json.loads(data.read_json(path, "result")["settings"]), json.loads(module.settings_of(config))
+        except (UsageError, KeyError, TypeError, ValueError):
+            path.replace(f"{path}.damaged")
+            say(f"{path}: damaged, kept as metrics.json.damaged; the run is done again")
+            return None
+        if then != now:
+            differing = ", ".join(f"{name} was {then.get(name)}" for name in {**now, **then} if then.get(name) != now.get(name))
+            raise UsageError(f"{os.path.relpath(folder, REPOSITORY)} holds a finished run with other settings ({differing}); bash run_all.sh --overwrite does it again, with ONLY={run.name} it alone")
+    return module.finished(config, folder)
 
 
 def state_of(run, folder, settings, missing, overwrite):
@@ -233,13 +260,24 @@ def state_of(run, folder, settings, missing, overwrite):
 def paper_numbers():
     """assets/paper_numbers.json, checked -> (papers: table -> dataset -> cell -> number or UNREAD, anchors)"""
     path = REPOSITORY / "assets" / "paper_numbers.json"
-    stored = data.read_json(path, "paper numbers")
-    for table, datasets in stored["papers"].items():
-        for dataset, cells in datasets.items():
-            for cell, value in cells.items():
-                if value != UNREAD and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100):
-                    raise UsageError(f"{path}: {table}, {dataset}, {cell} is {value!r}; it must be a percentage, or \"{UNREAD}\"")
-    return stored["papers"], stored["anchors"]
+    stored, natural = data.read_json(path, "paper numbers"), DOMAINS["natural"]
+    cells = {"rp-main": {d: ["mAP"] for d in natural}, "rp-law": {d: LAWS for d in natural}, "rp-texts": {d: list(map(str, COUNTS)) for d in natural}, "sspa-ablations": {"voc2007": ["SSPA", *sspa.ABLATIONS]},
+             **{table: {d: [f"{s:g}" for s in STRENGTHS] for d in natural} for table in ("rp-noise", "rp-normalisation")},
+             **{f"sspa-{domain}": {d: list(ATTRIBUTE_METRICS if domain == "pedestrian" else LABEL_METRICS) for d in datasets} for domain, datasets in DOMAINS.items()}}
+    try:
+        papers, anchors = stored["papers"], stored["anchors"]
+        found = {table: {dataset: list(values) for dataset, values in datasets.items()} for table, datasets in papers.items()}
+        anchors = [{name: anchor[name] for name in ("method", "backbone", "dataset", "metric", "value", "source", "note")} for anchor in anchors]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UsageError(f"{path}: not of its form any more ({error!r}); git checkout {path.relative_to(REPOSITORY)} brings it back") from None
+    for table, datasets in {**cells, **found}.items():
+        for dataset in {**cells.get(table, {}), **found.get(table, {})}:
+            if odd := sorted(set(found.get(table, {}).get(dataset, [])) ^ set(cells.get(table, {}).get(dataset, []))):
+                raise UsageError(f"{path}: {table}, {dataset}: {odd[0]} is {'no cell' if odd[0] in found.get(table, {}).get(dataset, []) else 'missing'}; its cells are {', '.join(cells.get(table, {}).get(dataset, [])) or 'none'}")
+            for cell, value in papers[table][dataset].items():
+                if value != UNREAD and (isinstance(value, bool) or not isinstance(value, (int, float)) or not (value == 0 or 1 <= value <= 100)):
+                    raise UsageError(f"{path}: {table}, {dataset}, {cell} is {value!r}; it must be a number in percent (60.5, not 0.605), or \"{UNREAD}\"")
+    return papers, anchors
 
 
 def number(runs, key, name):
@@ -248,7 +286,17 @@ def number(runs, key, name):
     if not values or any(value is None for value in values):
         return None
     mean, std = adapter_rp.spread(values)
-    return {"mean": mean, "std": std, "n": len(values), "run": name}
+    return {"mean": mean, "std": std if len(values) > 1 else None, "n": len(values), "run": name}
+
+
+def photos_of(dataset, names, results):
+    """What a dataset's numbers rest on, for the note under a table -> list of str"""
+    notes = []
+    for name in names:
+        if name in results and dataset in PHOTO_SETS:
+            count, published = results[name]["photo_count"], data.PUBLISHED[dataset][1]
+            notes.append(f"{SHOWN[dataset]}: {count:,} test photos" + (f" (**{published:,} published**)" if published not in (None, count) else "") + f", {results[name]['backbone']}; {results[name]['policy']}.")
+    return list(dict.fromkeys(notes))
 
 
 def make_tables(runs, results, why):
@@ -306,7 +354,8 @@ def make_tables(runs, results, why):
                 ours = rp(name, 0.15)
                 rows.append({"label": SHOWN[dataset] + source, "cells": [zero_shot(name), rp(name, 0), ours, rp(name, 0.15, ("mAP_interpolated",)), None if texts else published(dataset, "mAP"), None if texts else paper, minus(ours, paper)]})
     table("rp-main", "RP: an adapter trained on texts alone, mAP on photos", ["zero-shot, ours", "no noise", "noise 0.15", "noise 0.15, interpolated AP", "published", "RP, the paper", "ours - paper"], rows,
-          ["Zero-shot is the cosine with \"a photo of a {name}.\". Anchors are other methods or other settings, not goals."], draw="points", drawn=[0, 1, 2])
+          ["Zero-shot is the cosine with \"a photo of a {name}.\". Anchors are other methods or other settings, not goals.", *(note for d in RP_SETS for note in photos_of(d, (f"rp-{d}", f"rp-{d}-llm"), results))],
+          draw="points", drawn=[0, 1, 2])
     rows, notes = with_paper("rp-noise", [(d, SHOWN[d], [rp(f"rp-{d}", s) for s in STRENGTHS]) for d in RP_SETS])
     table("rp-noise", "RP: strength of the noise, mAP", [f"{s:g}" for s in STRENGTHS], rows, notes, draw="curves", x="noise, times the mean text norm, per coordinate",
           level={SHOWN[d]: zero_shot(f"rp-{d}") for d in RP_SETS if isinstance(zero_shot(f"rp-{d}"), dict)})
@@ -341,7 +390,8 @@ def make_tables(runs, results, why):
                 frozen, tuned = (sspa_number(f"sspa-{dataset}-{kind}", key) for kind in ("frozen", "tuned"))
                 rows.append({"label": f"{SHOWN[dataset]}, {metric}", "cells": [zero_shot(f"sspa-{dataset}-frozen") if metric == "mAP" else None, frozen, tuned, published(dataset, metric), paper, minus(tuned, paper)]})
         table(f"sspa-{domain}", f"SSPA: {dict(natural='natural photos', pedestrian='pedestrian attributes', remote='remote sensing')[domain]}",
-              ["zero-shot, ours", "image tower frozen", "image tower tuned", "published", "SSPA, the paper", "tuned - paper"], rows, draw="points", drawn=[1, 2])
+              ["zero-shot, ours", "image tower frozen", "image tower tuned", "published", "SSPA, the paper", "tuned - paper"], rows,
+              [note for d in datasets for note in photos_of(d, (f"sspa-{d}-frozen", f"sspa-{d}-tuned"), results)], draw="points", drawn=[1, 2], x="%")
     rows = []
     for ablation in ("none", *sspa.ABLATIONS):
         cells = []
@@ -369,7 +419,7 @@ def shown(cell, link=None):
     if isinstance(cell, str):
         return cell.replace("; ", "<br>")
     large = abs(cell["mean"]) > 100
-    text = format(cell["mean"], "+.2f" if cell.get("signed") else ",.0f" if large else ".2f") + ("" if cell["std"] is None or cell["n"] < 2 else f" ± {cell['std']:.2f}")
+    text = format(cell["mean"], "+.2f" if cell.get("signed") else ",.0f" if large else ".2f") + ("" if cell["std"] is None else f" ± {cell['std']:.2f}")
     return f"[{text}]({link(cell['run'])})" if link else text
 
 
@@ -435,7 +485,7 @@ def draw(table, path):
                           label=table["columns"][n])
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=7)
         axes.invert_yaxis()
-        axes.set_xlabel("mAP, %")
+        axes.set_xlabel(table.get("x", "mAP, %"))
         axes.grid(alpha=0.3)
         if len(columns) > 1:
             axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.4, -0.6 / figure.get_figheight()), ncols=len(columns))
@@ -450,7 +500,7 @@ def draw(table, path):
 def write_results(folder, root, runs, states, settings):
     """results/tables.json and tables.md -> the tables"""
     results = {run.name: states[run.name][2] for run in runs if states[run.name][2]}
-    brief = {"missing": "not run: no data", "too long": "not run: too long for this machine", "to do": "not run yet", "failed": "failed", "stale": "other settings in its folder"}
+    brief = {"missing": "not run: no data", "too long": "not run: too long for this machine", "to do": "not run yet", "failed": "failed", "stale": "not run: other settings in its folder", "not asked for": "not run (ONLY)"}
     why = {run.name: brief.get(states[run.name][0], "not run") for run in runs if run.name not in results}
     tables = make_tables(runs, results, why)
     behind = {}
@@ -469,7 +519,7 @@ def write_results(folder, root, runs, states, settings):
         return os.path.relpath(REPOSITORY / behind[name]["metrics"], folder.resolve())
 
     lines = ["# Tables", "", f"Made by `bash run_all.sh`, seeds {' '.join(settings.seeds)}{', CLIP=' + shlex.quote(shlex.join(settings.clip)) if settings.clip else ''}"
-             f"{', OPTIONS=' + shlex.quote(shlex.join(settings.options)) if settings.options else ''}. Percent; mean ± sample standard deviation over seeds; every number of ours links to the metrics.json behind it. "
+             f"{', OPTIONS=' + shlex.quote(shlex.join(settings.options)) if settings.options else ''}, datasets under {settings.data_root}. Percent; mean ± sample standard deviation over seeds; every number of ours links to the metrics.json behind it. "
              f"\"{UNREAD}\": the paper's number was not read; assets/paper_numbers.json is where it goes.", ""]
     for table in tables:
         picture = folder / f"{table['name']}.png"
@@ -519,7 +569,7 @@ def print_plan(runs, states, settings):
         print(f"\n  {'to do':<32}{'CPU, min':>10}{'GPU, min':>10}   for")
         for run in here:
             print(f"  {run.name:<32}{run.minutes:>10,.1f}{gpu_minutes(run):>10,.1f}   {', '.join(run.tables)}")
-        print("  CPU: measured for what needs no dataset, computed from measured parts for photographs. GPU: computed (a hundredth of the CPU's time, photos decoded at 200 a second), never measured.")
+        print("  CPU: measured for what needs no dataset, computed from measured parts for photographs. GPU: computed (a hundredth of the CPU's time, photos decoded at 200 a second), never measured." + " OPTIONS and CLIP are not counted in." * bool(settings.options or settings.clip))
     reasons = {}
     for run in left:
         reasons.setdefault((states[run.name][0], states[run.name][1]), []).append(run)
@@ -527,7 +577,8 @@ def print_plan(runs, states, settings):
         print("\n  cannot be run")
         for (state, reason), those in reasons.items():
             names = ", ".join(run.name for run in those) if len(those) < 4 else f"{len(those)} runs, {those[0].name} ... {those[-1].name}"
-            print(f"  - {SHOWN[those[0].dataset] if state == 'missing' else state}: {names}\n      " + reason.replace("; ", "\n      "))
+            datasets = list(dict.fromkeys(SHOWN[run.dataset] for run in those if run.dataset in SHOWN))
+            print(f"  - {', '.join(datasets) if state == 'missing' else state}: {names}\n      " + reason.replace("; ", "\n      "))
     print(flush=True)
 
 
@@ -583,13 +634,15 @@ def main(argv=None):
     settings = settings_from(os.environ)
     paper_numbers()
     root = REPOSITORY / args.runs
-    if (settings.seeds, settings.clip, settings.options) != (["0", "1", "2"], [], []):  # another setting, other folders
-        root = root / hashlib.blake2b(repr((settings.seeds, settings.clip, settings.options)).encode(), digest_size=4).hexdigest()
+    if (settings.seeds, settings.clip, settings.options) != (["0", "1", "2"], [], []):  # another setting, other folders, so that neither loses the other's numbers
+        variant = hashlib.blake2b(repr((settings.seeds, settings.clip, settings.options)).encode(), digest_size=4).hexdigest()
+        root, results = root / variant, results / variant
     counts, missing = look_for_data(settings)
     runs = all_runs(settings, counts)
     known = sorted({word for run in runs for word in (run.name, run.dataset, *run.tables)} - {"none"})
     if unknown := [word for word in settings.only if word not in known]:
-        raise UsageError(f"ONLY={unknown[0]}: no such table, dataset or run; there are {', '.join(word for word in known)}")
+        near, names = difflib.get_close_matches(unknown[0], known, 3), sorted({table for run in runs for table in run.tables})
+        raise UsageError(f"ONLY={unknown[0]}: no such table, dataset or run; {'did you mean ' + ', '.join(near) + '?' if near else 'the tables are ' + ', '.join(names) + '; the datasets ' + ', '.join(PHOTO_SETS)}")
 
     def states_now(overwrite=False):
         states = {}
@@ -602,6 +655,9 @@ def main(argv=None):
     for run in runs:
         if chosen(run, settings.only):
             config_of(run, root / run.name)
+    if not args.plan:
+        data.write_atomically(results / ".writable", "")  # said before hours are spent, not after
+        (results / ".writable").unlink()
     lock = None if args.plan else take_lock(root)
     states = states_now(args.overwrite)
     print_plan(runs, states, settings)
@@ -623,15 +679,16 @@ def main(argv=None):
         else:
             states[run.name] = ("done", None, result_of(run, root / run.name))
             result = states[run.name][2]
-            print((f"mAP {result['mAP']:.2f} ± {result['mAP_std']:.2f}, " if result.get("mAP") is not None else "") + f"{(time.time() - began) / 60:.1f} min", flush=True)
+            print((f"mAP {result['mAP']:.2f}" + f" ± {result['mAP_std']:.2f}" * (len(result["seeds"]) > 1) + ", " if result.get("mAP") is not None else "") + f"{(time.time() - began) / 60:.1f} min", flush=True)
         write_results(results, root, runs, states, settings)
     tables = write_results(results, root, runs, states, settings)
     draw_all(results, tables)
     tables = write_results(results, root, runs, states, settings)
     stale = [run.name for run in runs if states[run.name][0] == "stale"]
     print(f"\n{results / 'tables.md'}, {results / 'tables.json'}: {sum(state[0] == 'done' for state in states.values())} of {len(runs)} runs done"
-          + (f"; {', '.join(stale)}: in their folders lie runs of other settings (--overwrite)" if stale else ""))
-    return code or (2 if stale else 0)
+          + (f"; not run, for a run with other settings is there (see the plan above): {', '.join(stale)}" if stale else ""))
+    nothing = settings.only and not any(states[run.name][0] == "done" for run in runs if chosen(run, settings.only))
+    return code or (2 if stale or nothing else 0)
 
 
 # --- the README's block -----------------------------------------------------------------------------------------------
@@ -676,5 +733,5 @@ if __name__ == "__main__":
         say(f"run_all.sh: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        say("run_all.sh: interrupted; the same command goes on")
+        say("\nrun_all.sh: interrupted; the same command goes on")
         sys.exit(130)

@@ -26,6 +26,8 @@ SMALL = {"OPTIONS": "--limit 300 --epochs 2", "ONLY": "rp-scenes-uniform rp-scen
 @pytest.fixture
 def run_all(tmp_path, cache):
     """run_all("--plan", SEEDS="0 1") -> CompletedProcess (or Popen with wait=False), its runs and results under tmp_path."""
+    (tmp_path / "nothing").mkdir()
+
     def run(*words, expect=0, wait=True, folder=tmp_path, **environment):
         environment = {**os.environ, "DATA_ROOT": str(tmp_path / "nothing"), **{name: value for name, value in environment.items()}}
         environment["OPTIONS"] = f"{environment.get('OPTIONS', '')} --cache {cache}"
@@ -38,8 +40,12 @@ def run_all(tmp_path, cache):
     return run
 
 
+def page_of(folder):
+    return next((folder / "results").glob("*/tables.md"))  # other settings than the default: a folder of their own
+
+
 def tables_in(folder):
-    return json.loads((folder / "results" / "tables.json").read_text())
+    return json.loads(page_of(folder).with_suffix(".json").read_text())
 
 
 def test_plan_without_any_dataset(run_all, tmp_path):
@@ -57,7 +63,7 @@ def test_run_again_overwrite_and_kill(run_all, tmp_path):
     """Twice is once; --overwrite is the same again; killed anywhere and started again gives the same tables."""
     first = run_all(**SMALL).stdout
     assert "2 runs to do" in first and ": 2 of " in first
-    record, page = tables_in(tmp_path), (tmp_path / "results/tables.md").read_text()
+    record, page = tables_in(tmp_path), page_of(tmp_path).read_text()
     law = next(table for table in record["tables"] if table["name"] == "rp-law")
     for column, name, std in ((1, "rp-scenes-uniform", 0.15), (2, "rp-scenes-sphere", 0.15)):  # against the records themselves
         behind = json.loads((REPOSITORY / record["runs"][name]["metrics"]).read_text())
@@ -66,7 +72,7 @@ def test_run_again_overwrite_and_kill(run_all, tmp_path):
         assert len(values) == 3 and cell["mean"] == pytest.approx(statistics.mean(values)) and cell["std"] == pytest.approx(statistics.stdev(values)) and cell["run"] == name
         assert f"[{cell['mean']:.2f} ± {cell['std']:.2f}]" in page and record["runs"][name]["commit"] == behind["commit"] and record["runs"][name]["seeds"] == [0, 1, 2]
     links = re.findall(r"\]\(([^)]*metrics\.json)\)", page)
-    assert len(links) == 4 and all((tmp_path / "results" / link).resolve().is_file() for link in links)
+    assert len(links) == 4 and all((page_of(tmp_path).parent / link).resolve().is_file() for link in links)
     assert "not available offline" in page and str(tmp_path / "nothing") in page
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
     assert len(stamps) == 2 and "0 runs to do" in run_all(**SMALL).stdout
@@ -97,9 +103,16 @@ def test_failing_runs(run_all, tmp_path, cache):
     record = tables_in(tmp_path)
     law = next(table for table in record["tables"] if table["name"] == "rp-law")["rows"][0]["cells"]
     assert law[1] == "failed" and isinstance(law[2], dict) and record["runs"]["rp-scenes-uniform"]["state"] == "failed"
-    assert "is a file, not a folder" in (tmp_path / "results/tables.md").read_text()
+    assert "is a file, not a folder" in page_of(tmp_path).read_text()
     (root / "rp-scenes-uniform").unlink()
     assert "1 runs to do" in run_all(**SMALL).stdout  # mended: only that one is left
+    path = root / "rp-scenes-uniform/metrics.json"
+    result = json.loads(path.read_text())
+    path.write_text("{")  # damaged: done again
+    assert "1 runs to do" in run_all(**SMALL).stdout and json.loads(path.read_text())["mAP"] == pytest.approx(result["mAP"], abs=1e-3)
+    path.write_text(json.dumps({**result, "settings": result["settings"].replace('"epochs": 2', '"epochs": 7')}))  # another run lies there: it is not touched
+    other = run_all(expect=2, **{**SMALL, "ONLY": "rp-scenes-uniform"}).stdout
+    assert "holds a finished run with other settings (epochs was 7)" in other and "--overwrite does it again" in other and "0 runs to do" in other
     diverged = run_all(expect=3, **{**SMALL, "OPTIONS": "--limit 300 --epochs 3 --lr 1e30", "ONLY": "rp-scenes-uniform"}).stdout
     assert "failed: adapter_rp.py: training diverged" in diverged
 
@@ -139,17 +152,25 @@ def test_paper_numbers(monkeypatch, tmp_path):
         (tmp_path / "assets/paper_numbers.json").write_text(json.dumps({"papers": changed, "anchors": anchors}))
 
     runs = [tables.Run("rp-voc2007", "adapter_rp.py", [], "voc2007", (), 0, 0)]
-    results = {"rp-voc2007": {"zero_shot_mAP": 50.0, "texts": "mine", "text_count": 7, "runs": [{"seed": seed, "noise_std": std, "mAP": 60.0 + seed + 10 * std, "mAP_interpolated": 61.0}
+    results = {"rp-voc2007": {"zero_shot_mAP": 50.0, "texts": "mine", "text_count": 7, "photo_count": 4951, "backbone": "B", "policy": "P", "runs": [{"seed": seed, "noise_std": std, "mAP": 60.0 + seed + 10 * std, "mAP_interpolated": 61.0}
                                                                                                for seed in (0, 1) for std in tables.STRENGTHS]}}
     with_cells(("rp-main", "voc2007", "mAP", 64.25), ("rp-noise", "voc2007", "0.1", 60))
     made = {table["name"]: table for table in tables.make_tables(runs, results, {})}
     page = tables.as_markdown(made["rp-main"])
     assert "| VOC2007 (mine, 7) | 50.00 | 60.50 ± 0.71 | 62.00 ± 0.71 | 61.00 ± 0.00 |" in page and "| 64.25 | -2.25 |" in page
+    assert "VOC2007: 4,951 test photos (**4,952 published**), B; P." in page
     noise = tables.as_markdown(made["rp-noise"])
     assert "| VOC2007, the paper | not available offline | not available offline | 60 | not" in noise and "| VOC2007, ours - paper |  |  | +1.50 |  |  |" in noise
-    for bad in ("64.2", 640, True, None):
+    for bad in ("64.2", 640, 0.64, True, None):
         with_cells(("rp-main", "voc2007", "mAP", bad))
         with pytest.raises(UsageError, match="rp-main, voc2007, mAP"):
+            tables.paper_numbers()
+    with_cells(("rp-main", "voc2007", "map", 60))
+    with pytest.raises(UsageError, match="rp-main, voc2007: map is no cell; its cells are mAP"):
+        tables.paper_numbers()
+    for torn in ("[]", "{}", '{"papers": {}}', '{"papers": [], "anchors": []}'):
+        (tmp_path / "assets/paper_numbers.json").write_text(torn)
+        with pytest.raises(UsageError, match="not of its form any more"):
             tables.paper_numbers()
 
 
@@ -183,11 +204,12 @@ def test_readme_block_is_not_stale():
 
 
 def test_what_cannot_be_understood(run_all, tmp_path):
-    for environment, said in (({"SEEDS": "0 0"}, "SEEDS=0 0"), ({"SEEDS": "one"}, "SEEDS=one"), ({"GPU": "7"}, "--gpu 7"), ({"GPU": "first"}, "GPU=first"), ({"MINUTES": "long"}, "MINUTES=long"),
+    for environment, said in (({"SEEDS": "0 0"}, "SEEDS=0 0"), ({"SEEDS": "one"}, "SEEDS=one"), ({"GPU": "7"}, "GPU=7: this machine has"), ({"MINUTES": "0"}, "MINUTES=0"), ({"OPTIONS": "--seed 5"}, "--seed is chosen"), ({"OPTIONS": "--data=x"}, "--dataset is chosen"), ({"CLIP": "--epochs 3"}, "CLIP=--epochs 3"),
+                              ({"DATA_ROOT": str(tmp_path / "none")}, "none: no such folder"), ({"GPU": "first"}, "GPU=first"), ({"MINUTES": "long"}, "MINUTES=long"),
                               ({"OPTIONS": "'"}, "OPTIONS='"), ({"FEATURES": "nowhere.npz"}, "features file nowhere.npz: no such file"), ({"TEXTS": str(tmp_path / "none")}, "no such folder")):
         with pytest.raises(UsageError) as told:
             tables.settings_from({"GPU": "cpu", **environment})
         assert said in str(told.value) and "\n" not in str(told.value)
-    for environment, said in (({"ONLY": "voc2012"}, "ONLY=voc2012: no such table, dataset or run"), ({"OPTIONS": "--epoch 1 --colour"}, "unrecognized arguments: --colour; mend CLIP= or OPTIONS=")):
+    for environment, said in (({"ONLY": "rp-mian"}, "ONLY=rp-mian: no such table, dataset or run; did you mean rp-main"), ({"OPTIONS": "--epoch 1 --colour"}, "unrecognized arguments: --colour; mend CLIP= or OPTIONS=")):
         told = run_all("--plan", expect=2, GPU="cpu", **environment).stderr
         assert told.startswith("run_all.sh: ") and said in told and told.count("\n") == 1, told
