@@ -349,17 +349,17 @@ EXPECTED = {  # the tree that is looked for under the folder given, and who publ
     "coco2014": ("coco2014/{annotations/instances_{train,val}2014.json, train2014/*.jpg, val2014/*.jpg} (or the same with 2017)",
                  "fetch train2014.zip, val2014.zip and annotations_trainval2014.zip from https://cocodataset.org/#download and unpack all three in <root>/coco2014"),
     "nuswide": ("nuswide/{Concepts81.txt, ImageList/{Train,Test}Imagelist.txt, TrainTestLabels/Labels_<concept>_{Train,Test}.txt, Flickr/<folder>/*.jpg}",
-                "fetch ConceptsList.zip, ImageList.zip and Groundtruth.zip from https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html and unpack them in <root>/nuswide; "
-                "the photos are asked for there: each where the image list says, under Flickr/"),
-    "pa100k": ("pa100k/{annotation.mat, release_data/*.jpg}", "fetch both from https://github.com/xh-liu/HydraPlus-Net into <root>/pa100k"),
+                "fetch ConceptsList.zip, ImageList.zip and Groundtruth.zip from https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html and unpack them in <root>/nuswide (their own folders are found too); "
+                "the photos, to be asked for there, go under <root>/nuswide/Flickr as the image list names them"),
+    "pa100k": ("pa100k/{annotation.mat, release_data/*.jpg}", "fetch both from https://github.com/xh-liu/HydraPlus-Net and unpack them in <root>/pa100k"),
     "rapv1": ("rapv1/{RAP_annotation.mat, RAP_dataset/*.png}", "ask its owners for RAP_annotation and RAP_dataset, https://www.rapdataset.com, and unpack both in <root>/rapv1"),
     "peta": ("peta/{PETA.mat, images/00001.png ... 19000.png}",
              "the owners' photos (http://mmlab.ie.cuhk.edu.hk/projects/PETA.html) lie in ten folders; https://github.com/dangweili/pedestrian-attribute-recognition-pytorch links PETA.mat with the photos renumbered as it counts them (PETA-New.zip): unpack it in <root>/peta"),
-    "multiscene": ("multiscene/{train.csv, test.csv, images/*} (each CSV: a column of file names, then 36 columns of 0 and 1 headed by the labels' names; all photos in one folder)",
-                   "fetch MultiScene-Clean from https://multiscene.github.io and write its labels in this form: " + ", ".join(RAW_NAMES["multiscene"])),
-    "mlrsnet": ("mlrsnet/{Images/<category>/*.jpg, Labels/<category>.csv}", "fetch it from https://data.mendeley.com/datasets/7j9bv9vwsx/3 and unpack every category: 46 folders in Images, 46 files in Labels"),
+    "multiscene": ("multiscene/{train.csv, test.csv, images/*} (each CSV: a column of file names, then 36 columns of 0 and 1 headed by the labels' names)",
+                   "fetch MultiScene-Clean from https://multiscene.github.io, put all its photos in images and write the labels of each part into a CSV; the labels are " + ", ".join(RAW_NAMES["multiscene"])),
+    "mlrsnet": ("mlrsnet/{Images/<category>/*.jpg, Labels/<category>.csv}", "fetch it from https://data.mendeley.com/datasets/7j9bv9vwsx/3 and unpack the archives of all 46 categories: a folder each in Images, a CSV each in Labels"),
     "ucm": ("ucm/{LandUse_Multilabeled.txt, Images/<category>/*.tif}",
-            "fetch UCMerced_LandUse.zip from http://weegee.vision.ucmerced.edu/datasets/landuse.html and multilabels.zip from https://bigearth.eu/datasets.html and unpack both in <root>/ucm"),
+            "fetch UCMerced_LandUse.zip from http://weegee.vision.ucmerced.edu/datasets/landuse.html and multilabels.zip from https://bigearth.eu/datasets.html and unpack both in <root>/ucm (their own folders are found too)"),
     "folder": ("{labels.csv or labels.json, photos}", 'labels.csv: a column of file names, then a column of 0 and 1 a label (first line: the names of the columns), and if wanted a column "split" of train and test; '
                'labels.json: {"photo.jpg": ["dog", "cat"], ...}; file names with their ending, and with their folder where they lie in one')}
 
@@ -376,15 +376,24 @@ def _base(dataset, root, folders, marker):
             return Path(root) / folder
     if not Path(root).is_dir():
         raise MissingData(f"{dataset}: there is no folder {root}")
-    deeper = next((path for folder in (".", *folders) for depth in ("*", "*/*") for name in markers for path in sorted((Path(root) / folder).glob(f"{depth}/{name}"))), None)
-    raise MissingData(f"{dataset}: no {markers[0]} under {root}" + (f" where it is looked for, but {deeper}: move the files up" if deeper else ""))
+    wanted, hint = " or ".join(markers[:2]), ""
+    for pattern, folder, name in [(f"{depth}/{folder}/{name}", folder, name) for depth in ("*", "*/*") for folder in (*folders, ".") for name in markers] + [
+            (f"{folder}/{depth}/{name}", ".", name) for depth in ("*", "*/*") for folder in folders for name in markers]:
+        if found := next(iter(sorted(Path(root).glob(pattern))), None):
+            up = found.parents[len(Path(folder, name).parts) - 1]
+            hint = f" where it is looked for, but there is {found}: " + (f"pass --data-root {up}" if folder != "." or not folders else f"move what is in {up} to {Path(root) / folders[0]}")
+            break
+    raise MissingData(f"{dataset}: no {wanted} under {root}{hint}")
 
 
 def _labelled(dataset, photos, labels, policy, unlabelled="keep", names=None):
     """Drop photos that are not there (counted and named) and, if asked, those without any label -> LabelledPhotos"""
     there = np.array([path.is_file() for path in photos], bool)
     if not there.any():
-        raise MissingData(f"{dataset}: the labels are there, but none of the {len(photos):,} photos that they name (first: {photos[0] if photos else 'none listed'})")
+        if not photos:
+            raise UsageError(f"{dataset}: its files list no photo; fetch them again")
+        other = next((path for folder in (photos[0].parent, photos[0].parent.parent) for path in folder.glob(f"*/{photos[0].name}")), None)
+        raise MissingData(f"{dataset}: the labels are there, but none of the {len(photos):,} photos that they name (first: {photos[0]}" + (f"; one of that name is {other}" if other else "") + ")")
     if not there.all():
         gone = np.flatnonzero(~there)
         say(f"{dataset}: {len(gone):,} of {len(photos):,} photos are missing and left out (first: {photos[gone[0]]})")
@@ -555,6 +564,8 @@ def _label_table(dataset, path, raw=None):
     while header and not header[-1]:
         header.pop()
     splits = header.index("split") if "split" in header[1:] else None
+    if set(header[1:]) & {"0", "1", "-1"}:
+        raise UsageError(f"{dataset}: {path}: the first line must name the columns, a label each")
     found = {name: index for index, name in enumerate(header) if index and index != splits}
     if raw is not None and set(found) != set(raw):
         missing, extra = sorted(set(raw) - set(found)), sorted(set(found) - set(raw))
@@ -565,8 +576,8 @@ def _label_table(dataset, path, raw=None):
     try:
         labels = np.array([[float(row[found[name]]) for name in raw] for row in body])
     except (ValueError, IndexError):
-        bad = next(n for n, row in enumerate(body, 2) if len(row) < len(header) or not all(re.fullmatch(r"-?[01](\.0*)?", row[found[name]]) for name in raw))
-        raise UsageError(f"{dataset}: {path}, line {bad}: needs {len(header)} cells, each label 1 (present), 0 (absent) or -1 (ignored)") from None
+        bad, row = next((n, row) for n, row in enumerate(body, 2) if len(row) < len(header) or not all(re.fullmatch(r"-?[01](\.0*)?", row[found[name]]) for name in raw))
+        raise UsageError(f"{dataset}: {path}, line {bad} ({', '.join(row)[:60]}): needs {len(header)} cells, each label 1 (present), 0 (absent) or -1 (ignored)") from None
     if not np.isin(labels, (-1, 0, 1)).all():
         raise UsageError(f"{dataset}: {path}, line {2 + int(np.flatnonzero(~np.isin(labels, (-1, 0, 1)).all(1))[0])}: each label must be 1 (present), 0 (absent) or -1 (ignored)")
     return [row[0] for row in body], raw, labels.astype(np.int8), None if splits is None else [row[splits] for row in body]
@@ -623,10 +634,6 @@ def folder(root, split, split_seed=0):
     base = _base("folder", root, (), ("labels.csv", "labels.json"))
     if (base / "labels.csv").is_file():
         files, names, labels, splits = _label_table("folder", base / "labels.csv")
-        if not set(names) - {"0", "1", "-1"}:
-            raise UsageError(f"folder: {base / 'labels.csv'}: the first line must name the columns, a label each; expected {EXPECTED['folder'][1]}")
-        if (base / "labels.json").is_file():
-            say(f"folder: {base / 'labels.csv'} is read, {base / 'labels.json'} is not")
         check_names(names, f"folder: {base / 'labels.csv'}")
     else:
         table = read_json(base / "labels.json", "folder: labels")
@@ -639,7 +646,8 @@ def folder(root, split, split_seed=0):
     rows = np.array([n for n, part in enumerate(splits) if part == split]) if splits else dict(zip(("train", "test"), _shared_out(len(files), (0.8, 0.2), split_seed)))[split]
     if not len(rows):
         raise UsageError(f"folder: {base}: no photo is in the {split} part; add photos, or a column split to labels.csv")
-    return _labelled("folder", [base / files[row] for row in rows], labels[rows], "split by its own column" if splits else f"80/20 by seed {split_seed}", names=names)
+    unread = "; labels.json left out, for labels.csv goes before it" if (base / "labels.csv").is_file() and (base / "labels.json").is_file() else ""
+    return _labelled("folder", [base / files[row] for row in rows], labels[rows], ("split by its own column" if splits else f"80/20 by seed {split_seed}") + unread, names=names)
 
 
 PUBLISHED = {  # photos for training and test with the policies' first values, as the owners count them; None: not stated apart; ucm: its 2,100 shared out by us
@@ -1137,10 +1145,9 @@ def check(dataset, root, download=False, **policies):
                      f"{int((found.labels == -1).sum()):,} ignored, {int((~(found.labels == 1).any(1)).sum()):,} photos without a label; {found.policy}")
         if published and published != len(found.photos):
             wrong.append(f"{split}: {len(found.photos):,} photos, {published:,} published")
-        if "left out" in found.policy:
-            wrong.append(f"{split}: {found.policy}")
+        wrong += [f"{split}: {part}" for part in found.policy.split("; ") if "left out" in part]
         if unseen := [name for name, positives in zip(found.names, (found.labels == 1).sum(0)) if not positives]:
-            wrong.append(f"{split}: no photo with {', '.join(unseen[:10])}{' ...' if len(unseen) > 10 else ''}")
+            wrong.append(f"{split}: no photo with {', '.join(unseen[:10])}{' ...' if len(unseen) > 10 else ''}" + " (a column split in labels.csv, or another --split-seed, shares them out otherwise)" * (dataset == "folder"))
         for path in (found.photos[n] for n in np.random.default_rng(0).permutation(len(found.photos))[:20]):
             try:
                 open_photo(path)
@@ -1148,6 +1155,10 @@ def check(dataset, root, download=False, **policies):
                 wrong.append(f"{split}: {path} cannot be read ({error})")
     if dataset == "mlrsnet" and policies.get("validation") != "drop" and (count := sum(len(found.photos) for found in parts.values())) != 109161:
         wrong.append(f"{count:,} photos in all, 109,161 published")
+    if dataset == "mlrsnet" and (categories := int(parts["test"].policy.split()[0])) != 46:
+        wrong.append(f"{categories} categories, 46 published")
+    if dataset == "folder" and (spare := sorted(set(list_photos(root)) - {path for found in parts.values() for path in found.photos})):
+        wrong.append(f"{len(spare):,} photos of the folder without labels (first: {spare[0]})")
     both = {str(p) for p in parts["train"].photos} & {str(p) for p in parts["test"].photos}
     if both:
         wrong.append(f"{len(both):,} photos are in both parts (first: {min(both)})")

@@ -127,7 +127,7 @@ def photos_here(dataset, root):
     try:
         return tuple(len(data.load_photos(dataset, root, split).photos) for split in ("train", "test"))
     except UsageError as error:
-        return str(error).replace("add --download (about 870 MB, hash-checked)", f"python data.py --check voc2007 --download --data-root {shlex.quote(root)} fetches it (about 870 MB, hash-checked)")
+        return str(error).replace("add --download (about 870 MB, hash-checked)", f"python data.py --check voc2007 --download --data-root {shlex.quote(root)} fetches it (about 870 MB, hash-checked)").replace("pass --data-root ", "DATA_ROOT=")
 
 
 def look_for_data(settings):
@@ -569,14 +569,14 @@ def print_plan(runs, states, settings):
         print(f"\n  {'to do':<32}{'CPU, min':>10}{'GPU, min':>10}   for")
         for run in here:
             print(f"  {run.name:<32}{run.minutes:>10,.1f}{gpu_minutes(run):>10,.1f}   {', '.join(run.tables)}")
-        print("  CPU: measured for what needs no dataset, computed from measured parts for photographs. GPU: computed (a hundredth of the CPU's time, photos decoded at 200 a second), never measured." + " OPTIONS and CLIP are not counted in." * bool(settings.options or settings.clip))
+        print("  CPU: measured for what needs no dataset, computed from measured parts for photographs. GPU: computed (a hundredth of the CPU's time, photos decoded at 200 a second; 0.2 at least), never measured." + " OPTIONS and CLIP are not counted in." * bool(settings.options or settings.clip))
     reasons = {}
     for run in left:
         reasons.setdefault((states[run.name][0], states[run.name][1]), []).append(run)
     if reasons:
         print("\n  cannot be run")
         for (state, reason), those in reasons.items():
-            names = ", ".join(run.name for run in those) if len(those) < 4 else f"{len(those)} runs, {those[0].name} ... {those[-1].name}"
+            names = ", ".join(run.name for run in those) if len(those) < 4 else f"{len(those)} runs"
             datasets = list(dict.fromkeys(SHOWN[run.dataset] for run in those if run.dataset in SHOWN))
             print(f"  - {', '.join(datasets) if state == 'missing' else state}: {names}\n      " + reason.replace("; ", "\n      "))
     print(flush=True)

@@ -52,8 +52,11 @@ def test_half_done(tmp_path, capsys):
     (tmp_path / "coco2014/annotations/annotations").mkdir(parents=True)
     (tmp_path / "coco2014/annotations/annotations/instances_val2014.json").write_text("{}")
     for dataset, deeper in (("voc2007", "VOCdevkit/VOC2007/VOCdevkit/VOC2007/ImageSets/Main"), ("coco2014", "coco2014/annotations/annotations/instances_val2014.json")):
-        with pytest.raises(UsageError, match=f"where it is looked for, but {tmp_path}/{deeper}: move the files up; expected {tmp_path}/"):
+        with pytest.raises(UsageError, match=f"where it is looked for, but there is {tmp_path}/{deeper}: (pass --data-root|move what is in) {tmp_path}/.*; expected {tmp_path}/"):
             data.load_photos(dataset, tmp_path, "test")
+    (tmp_path / "other/deep/VOCdevkit/VOC2007/ImageSets/Main").mkdir(parents=True)
+    with pytest.raises(UsageError, match=f"Main: pass --data-root {tmp_path}/other/deep; expected"):
+        data.load_photos("voc2007", tmp_path / "other", "test")
     with pytest.raises(UsageError, match="there is no folder .*/nowhere; expected"):
         data.load_photos("ucm", tmp_path / "nowhere", "test")
     (tmp_path / "nuswide/ImageList").mkdir(parents=True)
@@ -67,7 +70,7 @@ def test_half_done(tmp_path, capsys):
     photo(tmp_path / "mlrsnet/Images/cloud/cloud_1.jpg")
     assert data.main(["--check", "mlrsnet", "--data-root", str(tmp_path)]) == 2
     told = capsys.readouterr().err
-    for line in ("no CSV for the photos of cloud", "1 missing photos left out", "1 categories without CSV left out", "wrong? 9 photos in all, 109,161 published"):
+    for line in ("no CSV for the photos of cloud", "1 missing photos left out", "wrong? train: 1 categories without CSV left out", "wrong? 1 categories, 46 published", "wrong? 9 photos in all, 109,161 published"):
         assert line in told
 
 
@@ -228,14 +231,18 @@ def test_ucm_and_multiscene(tmp_path):
 
 # --- one's own --------------------------------------------------------------------------------------------------------------
 
-def test_folder(tmp_path):
+def test_folder(tmp_path, capsys):
     table(tmp_path / "labels.csv", ["file", "dog", "split", "cat"], [["a.png", 1, "train", 0], ["sub/b.png", 0, "test", 1], ["c.png", 1, "train", -1]])
     for name in ("a.png", "sub/b.png", "c.png"):
         photo(tmp_path / name)
     train, test = (data.load_photos("folder", tmp_path, split) for split in ("train", "test"))
     assert marks(train) == {"a.png": {"dog"}, "c.png": {"dog"}} and train.labels.tolist() == [[1, 0], [1, -1]] and marks(test) == {"b.png": {"cat"}}
     assert data.label_names("folder", tmp_path) == ["dog", "cat"]
-    for content, said in (("file,dog\na.png,2\n", "line 2"), ("file,dog\na.png,1\nc.png\n", "line 3: needs 2 cells"), ("file,dog\n", "holds no photo"), ("file,dog,Dog\na.png,1,0\n", "stands twice"),
+    photo(tmp_path / "d.png")
+    assert data.main(["--check", "folder", "--data-root", str(tmp_path)]) == 2
+    assert f"wrong? 1 photos of the folder without labels (first: {tmp_path}/d.png)" in capsys.readouterr().err
+    (tmp_path / "d.png").unlink()
+    for content, said in (("file,dog\na.png,2\n", "line 2"), ("file,dog\na.png,1\nc.png\n", r"line 3 \(c.png\): needs 2 cells"), ("file,dog\n", "holds no photo"), ("file,dog,Dog\na.png,1,0\n", "stands twice"),
                           ("file,dog,split\na.png,1,later\n", "must say train or test, not 'later'"), ("file,dog\nzz.png,1\nyy.png,1\n", "none of the 2 photos"),
                           ("a.png,1\nb.png,0\n", "first line must name the columns")):
         (tmp_path / "labels.csv").write_text(content)
@@ -371,3 +378,20 @@ def test_a_checkpoint_brings_its_split(command, tmp_path):
     command("sspa.py", *words[:-2], "--eval-only", "--checkpoint", tmp_path / "run/checkpoint.safetensors", "--output", tmp_path / "again")
     first, again = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "again"))
     assert "by seed 7" in again["policy"] and again["mAP"] == pytest.approx(first["mAP"], abs=1e-3)
+
+
+def test_tenth_set_of_the_readme(tmp_path, monkeypatch):
+    """The README's loader, run as it stands there."""
+    import re
+    code = re.search(r"```python\n(def shapes.*?)```", (data.HERE / "README.md").read_text(encoding="utf-8"), re.S).group(1)
+    exec(code, data.__dict__)
+    monkeypatch.setitem(data.LOADERS, "shapes", data.__dict__.pop("shapes"))
+    monkeypatch.setitem(data.EXPECTED, "shapes", ("shapes/{train.csv, test.csv, images/}", "draw them"))
+    for table_of in (data.RAW_NAMES, data.DATASET_NAMES):
+        monkeypatch.setitem(table_of, "shapes", {"disc": "circle", "box": "square"} if table_of is data.RAW_NAMES else ["circle", "square"])
+    with pytest.raises(UsageError, match=f"shapes: no test.csv under {tmp_path}; expected {tmp_path}/shapes/.*; draw them"):
+        data.load_photos("shapes", tmp_path, "test")
+    table(tmp_path / "shapes/test.csv", ["file", "box", "disc"], [["a.png", 1, 0], ["b.png", 1, 1]])
+    for name in ("a.png", "b.png"):
+        photo(tmp_path / "shapes/images" / name)
+    assert marks(data.load_photos("shapes", tmp_path, "test")) == {"a.png": {"square"}, "b.png": {"circle", "square"}}
