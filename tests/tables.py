@@ -45,7 +45,6 @@ SHOWN = {"scenes": "drawn scenes", "features": "ready features of photos", "voc2
          "peta": "PETA", "multiscene": "MultiScene", "mlrsnet": "MLRSNet", "ucm": "UC Merced"}
 LABEL_METRICS = {"mAP": ("mAP",), "CF1": ("threshold_0.5", "CF1"), "OF1": ("threshold_0.5", "OF1"), "CF1, top 3": ("top_3", "CF1"), "OF1, top 3": ("top_3", "OF1")}
 ATTRIBUTE_METRICS = {"mA": ("attributes", "mA"), "accuracy": ("attributes", "accuracy"), "precision": ("attributes", "precision"), "recall": ("attributes", "recall"), "F1": ("attributes", "F1")}
-SPLIT_ABLATIONS = ("scenes", "voc2007")
 CLIP_OPTIONS = ("--backbone", "--pretrained", "--resolution", "--precision")
 OWN_OPTIONS = (*CLIP_OPTIONS[:2], "--dataset", "--data-root", "--download", "--seed", "--output", "--overwrite", "--features", "--texts", "--captions", "--text-count", "--noise-std", "--noise-law", "--normalize", "--tune-image",
                "--ablate", "--checkpoint", "--eval-only", "--predict", "--explain", "--gpu", "--cpu")
@@ -227,8 +226,7 @@ def result_of(run, folder):
         try:
             then, now = json.loads(data.read_json(path, "result")["settings"]), json.loads(module.settings_of(config))
         except (UsageError, KeyError, TypeError, ValueError):
-            path.replace(f"{path}.damaged")
-            say(f"{path}: damaged, kept as metrics.json.damaged; the run is done again")
+            say(f"{os.path.relpath(path, REPOSITORY)}: damaged; the run is to be done again")
             return None
         if then != now:
             differing = ", ".join(f"{name} was {then.get(name)}" for name in {**now, **then} if then.get(name) != now.get(name))
@@ -251,7 +249,7 @@ def state_of(run, folder, settings, missing, overwrite):
     if result:
         return "done", None, result
     if settings.minutes is not None and run.minutes > settings.minutes:
-        return "too long", f"about {run.minutes / 60:,.0f} hours on a CPU; GPU=0 uses a GPU, MINUTES={run.minutes + 1:.0f} runs it all the same", None
+        return "too long", f"about {f'{run.minutes / 60:,.0f} hours' if run.minutes > 120 else f'{run.minutes:.1f} minutes'} on a CPU; GPU=0 uses a GPU, MINUTES={run.minutes + 1:.0f} runs it all the same", None
     return "to do", None, None
 
 
@@ -395,7 +393,7 @@ def make_tables(runs, results, why):
     rows = []
     for ablation in ("none", *sspa.ABLATIONS):
         cells = []
-        for dataset in SPLIT_ABLATIONS:
+        for dataset in ("scenes", "voc2007"):
             value, full = (sspa_number(f"sspa-{dataset}-ablations", ("mAP",), which) for which in (ablation, "none"))
             cells += [value, minus(value, full["mean"]) if isinstance(full, dict) and ablation != "none" else None]
         paper = papers["sspa-ablations"]["voc2007"][sspa.title(ablation)]
@@ -552,6 +550,7 @@ def draw_all(folder, tables):
             with contextlib.suppress(OSError), Image.open(path) as image:
                 if image.text.get("Description") == digest(table):
                     continue
+            path.unlink()
         if not draw(table, path):
             say("no pictures of the tables: they need matplotlib (pip install matplotlib)")
             return
@@ -585,14 +584,18 @@ def print_plan(runs, states, settings):
 def execute(run, folder, overwrite, lock):
     """One run as a process of its own, its words in <folder>.log -> None, or the line that says why it failed"""
     log = folder.with_name(folder.name + ".log")
-    words = [*run.words, "--output", os.path.relpath(folder, REPOSITORY), *(["--overwrite"] if overwrite and run.script != "tests/benchmark.py" else [])]
+    again = (overwrite or (folder / "metrics.json").is_file()) and run.script != "tests/benchmark.py"  # a metrics.json that is there all the same is damaged
+    words = [*run.words, "--output", os.path.relpath(folder, REPOSITORY), *["--overwrite"] * again]
     with open(log, "ab") as said:
         start = said.tell()
         # the lock goes along: where this program is killed, its successor waits for the run that was left alone
         process = subprocess.Popen([sys.executable, run.script, *words], cwd=REPOSITORY, stdout=said, stderr=said, pass_fds=[lock.fileno()] if os.name == "posix" else [])
         try:
             code = process.wait()
-        except BaseException:
+        except BaseException as stop:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if isinstance(stop, KeyboardInterrupt):  # it got its own, and saves what it has
+                    process.wait(10)
             process.terminate()
             process.wait()
             raise
@@ -621,7 +624,7 @@ def take_lock(root):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="run_all.sh", description="Every table: the plan, the runs that are not done yet, results/tables.md. The environment variables stand in tests/tables.py.")
+    parser = argparse.ArgumentParser(prog="run_all.sh", description="Every table: the plan, the runs that are not done yet, results/tables.md. The environment variables: bash run_all.sh help.")
     parser.add_argument("--plan", action="store_true", help="only say what would be run, and what cannot be")
     parser.add_argument("--overwrite", action="store_true", help="do finished runs again")
     parser.add_argument("--readme", action="store_true", help="write the README's block, assets/tables.json and assets/tables/*.png from results/tables.json")
