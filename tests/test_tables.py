@@ -1,215 +1,165 @@
-"""run_all.sh and tests/tables.py: the plan, interrupted and failing runs, what the tables say of the runs, and the README's block."""
-import hashlib
+"""run_all.sh and experiments/tables.py: the list of runs, what tables say of what runs left, docs/results.md."""
 import json
 import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-import data
+import adapter_rp
+import run
 import sspa
-from data import UsageError
 
+sys.path.insert(0, str(REPOSITORY / "experiments"))
+
+import benchmark
 import tables
-
-SMALL = {"OPTIONS": "--limit 300 --epochs 2", "ONLY": "rp-scenes-uniform rp-scenes-sphere", "FEATURES": "", "GPU": "cpu"}
 
 
 @pytest.fixture
 def run_all(tmp_path, cache):
-    """run_all("--plan", SEEDS="0 1") -> CompletedProcess (or Popen with wait=False), its runs and results under tmp_path."""
-    (tmp_path / "nothing").mkdir()
-
-    def run(*words, expect=0, wait=True, folder=tmp_path, **environment):
-        environment = {**os.environ, "DATA_ROOT": str(tmp_path / "nothing"), **{name: value for name, value in environment.items()}}
-        environment["OPTIONS"] = f"{environment.get('OPTIONS', '')} --cache {cache}"
-        command = [sys.executable, "tests/tables.py", *words, "--runs", str(folder / "runs"), "--results", str(folder / "results")]
-        if not wait:
-            return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == expect and "Traceback" not in done.stderr, done.stdout + done.stderr
+    """run_all("--plan", SEEDS="0") -> CompletedProcess of run_all.sh, called from tmp_path, with its runs there"""
+    def call(*words, expect=0, start=subprocess.run, **settings):
+        own = {"RUNS": f"{tmp_path}/runs", "GPU": "cpu", "FEATURES": "none.npz", "VIRTUAL_ENV": sys.prefix,
+               "OPTIONS": f"--limit 40 --epochs 1 --cache {cache}", **settings}
+        done = start(["bash", REPOSITORY / "run_all.sh", *words], cwd=tmp_path, env={**os.environ, **own}, text=True,
+                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        if start is subprocess.run:
+            assert done.returncode == expect and "Traceback" not in done.stderr, done.stdout + done.stderr
         return done
-    return run
+    return call
 
 
-def page_of(folder):
-    return next((folder / "results").glob("*/tables.md"))  # other settings than the default: a folder of their own
+def write_run(folder, name, runs, **changed):
+    """A metrics.json by hand, as far as tables read it. runs: (strength of the noise or ablation, mAP) of each seed"""
+    facts = {"text_count": 8000, "train_count": 5011, "photo_count": 4952, "label_count": 20, "zero_shot_mAP": 50.25,
+             "config": {"epochs": 20}, "backbone": "ViT-B-16", "policy": "difficult=ignore", "command": "python X",
+             "commit": "c0ffee", "device": "CPU", "seconds": 90.0, "seeds": [0, 1, 2], "finished": True, "runs": []}
+    for setting, score in runs:
+        group = dict.fromkeys(("CF1", "OF1", "mA", "accuracy", "precision", "recall", "F1"), score)
+        facts["runs"].append({"noise_std": setting, "ablation": setting, "mAP": score, "mAP_interpolated": score,
+                              "threshold_0.5": group, "top_3": group, "attributes": group})
+    (folder / name).mkdir(parents=True)
+    (folder / name / "metrics.json").write_text(json.dumps({"method": name.split("-")[0], **facts, **changed}))
 
 
-def tables_in(folder):
-    return json.loads(page_of(folder).with_suffix(".json").read_text())
+def test_mean_and_sample_deviation(tmp_path):
+    """60, 61, 65: mean 62, sample variance (4 + 1 + 9) / 2 = 7. One seed has no spread, an ablation a difference."""
+    write_run(tmp_path, "rp-scenes", [(0.15, 60.0), (0.15, 61.0), (0.15, 65.0), (0, 40.0)])
+    write_run(tmp_path, "sspa-ucm-ablations", [("none", 70.0), ("none", 72.0), ("a new ablation", 69.0)])
+    write_run(tmp_path, "rp-ucm", [(0.15, None), (0.15, None)])
+    write_run(tmp_path, "sspa-voc2007-tuned", [("none", 70.0), ("none", 71.0)])
+    assert tables.main(["--runs", str(tmp_path), "--results", str(tmp_path / "page.md")]) is None
+    for line in ("| scenes (8,000 texts) | 50.25 | 40.00 | 62.00 ± 2.65 | 62.00 ± 2.65 |",
+                 "| scenes, raw (8,000 texts) | 40.00 | 62.00 ± 2.65 |", "| ucm (8,000 texts) | 50.25 |  | undefined |",
+                 "| SSPA | 71.00 ± 1.41 |  |", "| a new ablation | 69.00 | -2.00 |",
+                 "| ucm, image tower frozen (5,011 photos, 20 epochs) | 50.25 | 71.00 ± 1.41 | 71.00 ± 1.41 |",
+                 "| voc2007 | mAP | 70.5 | SSPA, ours |  | run sspa-voc2007-tuned |  |\n| voc2007 | mAP | 75.91 | CLIP",
+                 "| rp-ucm | `python X` | 4,952 photos, 20 labels, ViT-B-16; difficult=ignore | c0ffee | CPU | 1.5 |"):
+        assert line in (tmp_path / "page.md").read_text(), line
 
 
-def test_plan_without_any_dataset(run_all, tmp_path):
-    """Every set is named with the tree that is expected; what needs none can be run; planning writes nothing."""
-    shown = run_all("--plan", FEATURES="").stdout
-    for dataset in tables.PHOTO_SETS:
-        tree, _ = data.EXPECTED[dataset]
-        assert f"- {tables.SHOWN[dataset]}: " in shown and f"expected {tmp_path}/nothing/{tree.split('; ')[0]}" in shown
-    for name in ("rp-scenes ", "rp-cost", "sspa-scenes ", "sspa-scenes-ablations", "sspa-scenes-tuned"):
-        assert re.search(rf"^  {name}.*\d\.\d .*\d\.\d", shown, re.M), name
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "results").exists()
+def test_a_missing_cell_holds_the_reason(tmp_path):
+    """A run that was never finished, one that was refused (its old number is not shown), a damaged one."""
+    write_run(tmp_path, "rp-scenes", [(0.15, 60.0), (0, 40.0)])
+    write_run(tmp_path, "rp-scenes-uniform", [(0.15, 61.0)], finished=False)
+    write_run(tmp_path, "rp-scenes-sphere", [(0.15, 62.0)])
+    (tmp_path / "rp-scenes-sphere.reason").write_text("adapter_rp.py: a run with other | settings is there\n")
+    write_run(tmp_path, "sspa-ucm", [("none", 70.0)], config=None)
+    assert tables.main(["--runs", str(tmp_path), "--results", str(tmp_path / "page.md")]) is None
+    page = (tmp_path / "page.md").read_text()
+    law = re.search(r"gaussian \| uniform \| sphere \| none.*\n.*\n\| scenes (.*)", page)[1].split(" | ")
+    assert [law[1], law[2][:5], *law[3:]] == ["60.00", "run /", "a run with other / settings is there", "40.00 |"]
+    for name, why in ("rp-scenes-uniform", "not finished"), ("sspa-ucm", "not in the form"):
+        assert re.search(rf"\| {name} \| not done: run .*{name}/metrics.json: {why}.*; bash run_all.sh goes on", page)
 
 
-def test_run_again_overwrite_and_kill(run_all, tmp_path):
-    """Twice is once; --overwrite is the same again; killed anywhere and started again gives the same tables."""
-    first = run_all(**SMALL).stdout
-    assert "2 runs to do" in first and ": 2 of " in first
-    record, page = tables_in(tmp_path), page_of(tmp_path).read_text()
-    law = next(table for table in record["tables"] if table["name"] == "rp-law")
-    for column, name, std in ((1, "rp-scenes-uniform", 0.15), (2, "rp-scenes-sphere", 0.15)):  # against the records themselves
-        behind = json.loads((REPOSITORY / record["runs"][name]["metrics"]).read_text())
-        values = [run["mAP"] for run in behind["runs"] if run["noise_std"] == std]
-        cell = law["rows"][0]["cells"][column]
-        assert len(values) == 3 and cell["mean"] == pytest.approx(statistics.mean(values)) and cell["std"] == pytest.approx(statistics.stdev(values)) and cell["run"] == name
-        assert f"[{cell['mean']:.2f} ± {cell['std']:.2f}]" in page and record["runs"][name]["commit"] == behind["commit"] and record["runs"][name]["seeds"] == [0, 1, 2]
-    links = re.findall(r"\]\(([^)]*metrics\.json)\)", page)
-    assert len(links) == 4 and all((page_of(tmp_path).parent / link).resolve().is_file() for link in links)
-    assert "not available offline" in page and str(tmp_path / "nothing") in page
-    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
-    assert len(stamps) == 2 and "0 runs to do" in run_all(**SMALL).stdout
-    assert stamps == {path: path.stat().st_mtime_ns for path in stamps} and tables_in(tmp_path) == record
-    assert "2 runs to do" in run_all("--overwrite", **SMALL).stdout
-    assert all(path.stat().st_mtime_ns > stamp for path, stamp in stamps.items()) and tables_in(tmp_path)["tables"] == record["tables"]
-    other = tmp_path / "killed"
-    for pause, how in ((5, "all of it"), (6, "only its first process"), (7, "Ctrl-C")):
-        process = run_all(wait=False, folder=other, **SMALL)
-        time.sleep(pause)
-        if how == "only its first process":  # its successor waits for the run that was left behind
-            os.kill(process.pid, signal.SIGKILL)
-        else:
-            os.killpg(process.pid, signal.SIGKILL if how == "all of it" else signal.SIGINT)
-        process.communicate()
-    run_all(folder=other, **SMALL)
-    assert tables_in(other)["tables"] == record["tables"]
+@pytest.mark.parametrize("changed", [
+    {"source": " "}, {"value": 0.643}, {"value": "64.3"}, {"value": True}, {"dataset": "voc"}, {"page": 7}])
+def test_a_number_without_its_source_is_refused(tmp_path, changed):
+    cell = dict(method="RP", backbone="RN50", dataset="voc2007", metric="mAP", value=64.3, source="S", note="")
+    (tmp_path / "papers.json").write_text(json.dumps([cell, cell | changed]))
+    with pytest.raises(tables.UsageError, match="paper numbers .*: entry 2 must .*; mend that entry"):
+        tables.read_papers(tmp_path / "papers.json")
 
 
-def test_failing_runs(run_all, tmp_path, cache):
-    """The others go on; plan, page and last line say what failed and why; the exit code is the run's own."""
-    options = [*SMALL["OPTIONS"].split(), "--cache", cache]
-    root = tmp_path / "runs" / hashlib.blake2b(repr((["0", "1", "2"], [], options)).encode(), digest_size=4).hexdigest()
-    root.mkdir(parents=True)
-    (root / "rp-scenes-uniform").write_text("in the way")
-    done = run_all(expect=2, **SMALL)
-    assert re.search(r"rp-scenes-uniform.*failed: adapter_rp.py: .*is a file, not a folder \(exit code 2; .*rp-scenes-uniform\.log\)", done.stdout)
-    record = tables_in(tmp_path)
-    law = next(table for table in record["tables"] if table["name"] == "rp-law")["rows"][0]["cells"]
-    assert law[1] == "failed" and isinstance(law[2], dict) and record["runs"]["rp-scenes-uniform"]["state"] == "failed"
-    assert "is a file, not a folder" in page_of(tmp_path).read_text()
-    (root / "rp-scenes-uniform").unlink()
-    assert "1 runs to do" in run_all(**SMALL).stdout  # mended: only that one is left
-    path = root / "rp-scenes-uniform/metrics.json"
-    result = json.loads(path.read_text())
-    path.write_text("{")  # damaged: done again
-    assert "1 runs to do" in run_all(**SMALL).stdout and json.loads(path.read_text())["mAP"] == pytest.approx(result["mAP"], abs=1e-3)
-    path.write_text(json.dumps({**result, "settings": result["settings"].replace('"epochs": 2', '"epochs": 7')}))  # another run lies there: it is not touched
-    other = run_all(expect=2, **{**SMALL, "ONLY": "rp-scenes-uniform"}).stdout
-    assert "holds a finished run with other settings (epochs was 7)" in other and "--overwrite does it again" in other and "0 runs to do" in other
-    diverged = run_all(expect=3, **{**SMALL, "OPTIONS": "--limit 300 --epochs 3 --lr 1e30", "ONLY": "rp-scenes-uniform"}).stdout
-    assert "failed: adapter_rp.py: training diverged" in diverged
+def test_every_line_of_the_list_can_be_typed(run_all):
+    """The scripts' own parsers take every line; a folder for each; runs of fewer texts make as many steps."""
+    settings = {"SEEDS": "0 7", "CLIP": "--backbone RN50", "GPU": "1", "DATA_ROOT": "my data", "OPTIONS": ""}
+    plans = run_all("--plan", **settings), run_all("--plan", DATASETS="folder ucm", **settings)
+    lines = [shlex.split(line) for plan in plans for line in plan.stdout.splitlines()]
+    names, steps = {Path(line[-1]).name for line in lines}, set()
+    assert len(lines) > len(names) > 70 and {"rp-ucm", "sspa-folder-tuned", "sspa-ucm-ablations", "rp-cost"} < names
+    assert {line[2] for line in lines if line[1] == "experiments/benchmark.py"} <= set(benchmark.TABLES)
+    for _, script, *words in (line for line in lines if line[1] != "experiments/benchmark.py"):
+        config = run.parse({"adapter_rp.py": adapter_rp, "sspa.py": sspa}[script].Config, words, "")
+        assert (config.seed, config.gpu) == ((0, 7), 1) and (config.backbone == "RN50") == ("--dataset" in words)
+        if config.output.endswith("-texts"):
+            steps.add((bool(config.features), config.epochs * -(-config.text_count // config.batch_size)))
+    assert steps == {(False, 480), (True, 960)}
 
 
-def test_photographs(run_all, tmp_path, shared):
-    """With real files of VOC2007 (and the toy CLIP on them): what is short is run, what is long on a CPU is named with the way to run it."""
-    words = {"DATA_ROOT": str(shared), "CLIP": "--backbone scenes", "OPTIONS": "--limit 60 --epochs 1", "SEEDS": "5", "FEATURES": "", "GPU": "cpu"}
-    plan = run_all("--plan", MINUTES="0.5", **words).stdout
-    assert re.search(r"too long: .*sspa-voc2007-tuned.*\n +about .* on a CPU\n +GPU=0 uses a GPU, MINUTES=\d+ runs it all the same", plan), plan
-    run_all(ONLY="sspa-natural rp-voc2007-llm", **words)
-    record = tables_in(tmp_path)
-    rows = {row["label"]: row["cells"] for row in next(table for table in record["tables"] if table["name"] == "sspa-natural")["rows"]}
-    for metric in tables.LABEL_METRICS:
-        frozen, tuned, published, paper = rows[f"VOC2007, {metric}"][1:5]
-        assert frozen["run"] == "sspa-voc2007-frozen" and tuned["run"] == "sspa-voc2007-tuned" and frozen["n"] == 1 and paper == "not available offline"
-        assert published is None or "96.0 [its model zoo]" in published
-        assert rows[f"COCO 2014, {metric}"][1] == "not run: no data"
-    rp = next(table for table in record["tables"] if table["name"] == "rp-main")["rows"]
-    assert any(row["label"].startswith("VOC2007 (voc2007-qwen2.5-coder-1.5b.jsonl.gz, 60") for row in rp) and "88.5 [SPARC, table 5]" in str(rp)
-    assert "difficult" in record["runs"]["sspa-voc2007-tuned"]["policy"]
+def test_the_page_of_results_is_not_stale(run_all):
+    """It and its pictures are made of assets/tables.json, whose numbers come from lines of the list."""
+    record, page = json.loads(tables.RECORD.read_text()), tables.DOCS.read_text("utf-8")
+    made = tables.tables_of(record, tables.read_papers(tables.ASSETS / "paper_numbers.json"))
+    assert tables.filled_in(page, made) == page and set(re.findall("<!-- table (.*) -->", page)) == set(made)
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        with Image.open(tables.DOCS.parent / picture) as image:
+            assert image.text["Description"] == tables.markdown(made[Path(picture).stem])
+    plan = run_all("--plan", RUNS="runs/tables", OPTIONS="", GPU="", FEATURES="").stdout.splitlines()
+    assert {entry["command"] for name, entry in record.items() if name != "rp-cost"} < {line.strip() for line in plan}
 
 
-def test_paper_numbers(monkeypatch, tmp_path):
-    """Every cell ships unread; one that is filled in appears with the difference; what is no percentage is refused."""
-    papers, anchors = tables.paper_numbers()
-    assert set(papers) == {"rp-main", "rp-noise", "rp-law", "rp-normalisation", "rp-texts", "sspa-natural", "sspa-pedestrian", "sspa-remote", "sspa-ablations"}
-    assert {value for table in papers.values() for cells in table.values() for value in cells.values()} == {"not available offline"}
-    assert all(set(papers[f"sspa-{domain}"]) == set(sets) for domain, sets in tables.DOMAINS.items()) and set(papers["sspa-ablations"]["voc2007"]) == {"SSPA", *sspa.ABLATIONS}
-    assert all(set(anchor) == {"method", "backbone", "dataset", "metric", "value", "source", "note"} and anchor["source"] for anchor in anchors)
-    (tmp_path / "assets").mkdir()
-    monkeypatch.setattr(tables, "REPOSITORY", tmp_path)
-
-    def with_cells(*cells):
-        changed = json.loads(json.dumps(papers))
-        for table, dataset, cell, value in cells:
-            changed[table][dataset][cell] = value
-        (tmp_path / "assets/paper_numbers.json").write_text(json.dumps({"papers": changed, "anchors": anchors}))
-
-    runs = [tables.Run("rp-voc2007", "adapter_rp.py", [], "voc2007", (), 0, 0)]
-    results = {"rp-voc2007": {"zero_shot_mAP": 50.0, "texts": "mine", "text_count": 7, "photo_count": 4951, "backbone": "B", "policy": "P", "runs": [{"seed": seed, "noise_std": std, "mAP": 60.0 + seed + 10 * std, "mAP_interpolated": 61.0}
-                                                                                               for seed in (0, 1) for std in tables.STRENGTHS]}}
-    with_cells(("rp-main", "voc2007", "mAP", 64.25), ("rp-noise", "voc2007", "0.1", 60))
-    made = {table["name"]: table for table in tables.make_tables(runs, results, {})}
-    page = tables.as_markdown(made["rp-main"])
-    assert "| VOC2007 (mine, 7) | 50.00 | 60.50 ± 0.71 | 62.00 ± 0.71 | 61.00 ± 0.00 |" in page and "| 64.25 | -2.25 |" in page
-    assert "VOC2007: 4,951 test photos (**4,952 published**), B; P." in page
-    noise = tables.as_markdown(made["rp-noise"])
-    assert "| VOC2007, the paper | not available offline | not available offline | 60 | not" in noise and "| VOC2007, ours - paper |  |  | +1.50 |  |  |" in noise
-    for bad in ("64.2", 640, 0.64, True, None):
-        with_cells(("rp-main", "voc2007", "mAP", bad))
-        with pytest.raises(UsageError, match="rp-main, voc2007, mAP"):
-            tables.paper_numbers()
-    with_cells(("rp-main", "voc2007", "map", 60))
-    with pytest.raises(UsageError, match="rp-main, voc2007: map is no cell; its cells are mAP"):
-        tables.paper_numbers()
-    for torn in ("[]", "{}", '{"papers": {}}', '{"papers": [], "anchors": []}'):
-        (tmp_path / "assets/paper_numbers.json").write_text(torn)
-        with pytest.raises(UsageError, match="not of its form any more"):
-            tables.paper_numbers()
+def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
+    """Other settings are refused: what is finished stays, and the table says so instead of the old number."""
+    runs, uniform = tmp_path / "runs", tmp_path / "runs/rp-scenes-uniform/metrics.json"
+    said = (f"{uniform.parent}: done\n{runs}/rp-features-sphere: adapter_rp.py: features file .*\n"
+            f"{runs}/sspa-ucm-tuned: sspa.py: GPU 0: this machine .*\n{runs}/tables.md: 1 of 3 runs are finished\n")
+    assert re.fullmatch(said, run_all(ONLY="rp-scenes-uniform rp-features-sphere sspa-ucm-tuned").stdout)
+    written, page = uniform.stat().st_mtime_ns, (runs / "tables.md").read_text()
+    assert re.search(r"\| scenes \| \d\d\.\d\d ± .*\n\| features \|  \| features file /", page)
+    assert "other settings (" in run_all(ONLY="rp-scenes-uniform", OPTIONS="--lr 0.1").stdout
+    assert uniform.stat().st_mtime_ns == written and "| scenes | --output /" in (runs / "tables.md").read_text()
 
 
-def test_readme_block_is_not_stale():
-    """The README's block and its pictures are made of assets/tables.json, and that of today's runs and tables. (That a run still gives its numbers: tests/test_cli.py.)"""
-    record = json.loads((REPOSITORY / "assets/tables.json").read_text())
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    block = readme[readme.index(tables.BEGIN):readme.index(tables.END) + len(tables.END)]
-    advice = "stale: bash run_all.sh, then python tests/tables.py --readme"
-    assert block == tables.readme_block(record), advice
-    settings = tables.Settings("data", "../shared/data/photo_embeddings/voc2007_even.npz", None, ["0", "1", "2"], [], [], [], None, [])
-    today = tables.all_runs(settings, {dataset: (1, 1) for dataset in tables.PHOTO_SETS})
-    assert {run.name for run in today} == set(record["runs"]), advice
-    for run in today:
-        entry = record["runs"][run.name]
-        if run.dataset in ("scenes", "features", "none"):
-            assert entry["state"] == "done" and entry["command"].startswith(f"python {run.script} {shlex.join(run.words)}"), f"{run.name}: {advice}"
-    made = tables.make_tables(today, {}, {})
-    assert [(table["name"], table["title"]) for table in made] == [(table["name"], table["title"]) for table in record["tables"]], advice
-    assert {row["label"] for row in made[-1]["rows"]} == {row["label"] for row in record["tables"][-1]["rows"]}, advice
-    for table in record["tables"]:
-        if tables.has_numbers(table):
-            with Image.open(REPOSITORY / "assets/tables" / f"{table['name']}.png") as image:
-                assert image.text["Description"] == tables.digest(table), f"{table['name']}.png: {advice}"
-    here = REPOSITORY / "results/tables.json"
-    if here.is_file() and (fresh := json.loads(here.read_text()))["settings"] == record["settings"]:
-        for old, new in zip(record["tables"], fresh["tables"]):
-            if old["name"] != "rp-cost":  # times differ from machine to machine
-                pairs = [(a, b) for row, other in zip(old["rows"], new["rows"]) for a, b in zip(row["cells"], other["cells"]) if isinstance(a, dict) and isinstance(b, dict)]
-                assert all(abs(a["mean"] - b["mean"]) < 1 for a, b in pairs), f"{old['name']}: {advice}"
+def test_ctrl_c_ends_the_list(run_all, tmp_path):
+    process, log = run_all(start=subprocess.Popen, ONLY="rp-scenes"), tmp_path / "runs/rp-scenes.log"
+    while not log.is_file() or not log.stat().st_size:  # until the first run has said its first word
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and list(log.parent.glob("*.log")) == [log]
 
 
-def test_what_cannot_be_understood(run_all, tmp_path):
-    for environment, said in (({"SEEDS": "0 0"}, "SEEDS=0 0"), ({"SEEDS": "one"}, "SEEDS=one"), ({"GPU": "7"}, "GPU=7: this machine has"), ({"MINUTES": "0"}, "MINUTES=0"), ({"OPTIONS": "--seed 5"}, "--seed is chosen"), ({"OPTIONS": "--data=x"}, "--dataset is chosen"), ({"CLIP": "--epochs 3"}, "CLIP=--epochs 3"),
-                              ({"DATA_ROOT": str(tmp_path / "none")}, "none: no such folder"), ({"GPU": "first"}, "GPU=first"), ({"MINUTES": "long"}, "MINUTES=long"),
-                              ({"OPTIONS": "'"}, "OPTIONS='"), ({"FEATURES": "nowhere.npz"}, "features file nowhere.npz: no such file"), ({"TEXTS": str(tmp_path / "none")}, "no such folder")):
-        with pytest.raises(UsageError) as told:
-            tables.settings_from({"GPU": "cpu", **environment})
-        assert said in str(told.value) and "\n" not in str(told.value)
-    for environment, said in (({"ONLY": "rp-mian"}, "ONLY=rp-mian: no such table, dataset or run; did you mean rp-main"), ({"OPTIONS": "--epoch 1 --colour"}, "unrecognized arguments: --colour; mend CLIP= or OPTIONS=")):
-        told = run_all("--plan", expect=2, GPU="cpu", **environment).stderr
-        assert told.startswith("run_all.sh: ") and said in told and told.count("\n") == 1, told
+def test_tag(run_all, tmp_path):
+    """Words and photos to tags, from another folder. A model is not asked before all else is found to be there."""
+    (tmp_path / "words.txt").write_text("ball\nboat\nchess board\n")
+    (tmp_path / "empty").mkdir()
+    options = ["--backbone", "scenes", "--epochs", "1", "--top-k", "1"]
+    llm = ["--llm", "http://127.0.0.1:9/v1"]  # where nobody answers
+    assert "no photo in this folder" in run_all("tag", "words.txt", "empty", *llm, *options, expect=2).stderr
+    photos = REPOSITORY / "assets/tables"
+    lines = run_all("tag", "words.txt", photos, "--count", "60", *options).stdout.splitlines()
+    tags = [(tag["photo"], len(tag["labels"]), len(tag["scores"])) for tag in map(json.loads, lines)]
+    assert tags == [(f"{photos}/rp-noise.png", 1, 3), (f"{photos}/rp-texts.png", 1, 3)]
+
+
+def test_help_mistakes_and_the_demos_table(run_all, tmp_path, capsys):
+    assert re.match(r"bash run_all.sh  .*\n(.*\n)+bash run_all.sh test .*\n$", run_all("-h").stdout)
+    for words, said in ("tag", "needs a label file"), ("tag no.txt .", "needs a label file"), ("x", "no command 'x'"):
+        assert said in run_all(*words.split(), expect=2).stderr
+    assert tables.main(["--runs", "none"]) == 2 and "no run is there" in capsys.readouterr().err
+    write_run(tmp_path, "rp", [(0.15, 64.0), (0.15, 65.0), (0, 60.0), (0, 60.0)])
+    write_run(tmp_path, "sspa", [("none", 67.0), ("none", 68.0)])
+    tables.main(["--demo", str(tmp_path)])
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {"zero-shot CLIP (cosine) nothing 50.25", "RP, noise 0.15 8,000 texts 64.50 ±0.71 64.5 64.5",
+            "SSPA, image tower frozen 5,011 photos, 20 epochs 67.50 ±0.71 67.5 67.5"} < lines

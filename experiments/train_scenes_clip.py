@@ -1,0 +1,117 @@
+"""Train the tiny CLIP of scenes, with open_clip's own model, tokenizer and contrastive loss.
+
+    python experiments/train_scenes_clip.py     about 15 minutes on two cores, writes assets/scenes_clip.safetensors
+
+The checkpoint that ships was made like this (seed 0), and everything measured on scenes hangs on it: another one goes
+elsewhere (--output) and is tried with --pretrained FILE. It is float16 and small, because only those rows of the token
+embedding are trained and stored which captions, label descriptions and prompts can reach; embed.load_clip puts them
+back into the full table of 49,408 rows. One caption in twenty-five is the description of the largest thing, so that the
+words of descriptions mean something to the text tower.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import embed
+import scenes
+from data import say
+
+DESCRIPTION_SHARE = 0.04
+
+
+def draw_all(count, preprocess):
+    """The "clip" pictures 0..count-1. -> (float16 [count, 3, 64, 64] as CLIP sees them, their layouts)"""
+    images, layouts = [], []
+    for index in range(count):
+        rng = np.random.default_rng([scenes.SPLITS["clip"], index])
+        layouts.append(scenes.layout(rng))
+        images.append(preprocess(scenes.draw(*layouts[-1], rng)).half())
+    return torch.stack(images), layouts
+
+
+def reachable_tokens(tokenizer, captions, descriptions):
+    """Ids of the tokens in captions, descriptions and prompts, in the tokenizer's own order: so the end token stays the
+    largest id, where CLIP reads a text's features. No token spans two words. -> int64 [K]"""
+    names = [word for thing in scenes.THINGS.values() for word in thing.words]
+    texts = [*captions, *descriptions.values(), *(f"a photo of a {name}. a photo of an {name}." for name in names)]
+    return tokenizer(sorted({word for text in texts for word in text.split()})).unique()
+
+
+def train(output, pictures, steps, batch_size, lr, seed):
+    """Train and write the checkpoint. Its arithmetic and its random streams are frozen."""
+    open_clip, began = embed.import_open_clip(), time.time()
+    probe = output.with_name(output.name + ".partial")
+    data.write_atomically(probe, "")  # an output that cannot be written is known now, not at the end
+    probe.unlink()
+    torch.manual_seed(seed)
+    tokenizer = open_clip.SimpleTokenizer(context_length=scenes.CLIP_CONFIG["text_cfg"]["context_length"])
+    descriptions = data.descriptions_of("scenes", scenes.NAMES)
+    preprocess = open_clip.image_transform(64, is_train=False, resize_mode="shortest", interpolation="bicubic")
+    images, layouts = draw_all(pictures, preprocess)
+    say(f"{pictures} pictures drawn in {time.time() - began:.0f} s")
+
+    rng = np.random.default_rng([scenes.SPLITS["clip"], pictures])
+    captions = [scenes.person_caption(rng, *layouts[number % pictures]) for number in range(40000)]
+    token_ids = reachable_tokens(tokenizer, captions, descriptions)
+    row_of_token = torch.zeros(scenes.CLIP_CONFIG["text_cfg"]["vocab_size"], dtype=torch.long)
+    row_of_token[token_ids] = torch.arange(len(token_ids))
+
+    text_config = {**scenes.CLIP_CONFIG["text_cfg"], "vocab_size": len(token_ids)}
+    model = open_clip.model.CLIP(**{**scenes.CLIP_CONFIG, "text_cfg": text_config})
+    loss_of = open_clip.ClipLoss()
+    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    for step in range(steps):
+        picked = rng.integers(0, pictures, batch_size)
+        texts = [descriptions[max(layouts[number][1], key=lambda item: item.radius).thing]
+                 if rng.random() < DESCRIPTION_SHARE else scenes.person_caption(rng, *layouts[number])
+                 for number in picked]
+        image_features = model.encode_image(images[picked].float(), normalize=True)
+        text_features = model.encode_text(row_of_token[tokenizer(texts)], normalize=True)
+        loss = loss_of(image_features, text_features, model.logit_scale.exp())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        if step % 50 == 0 or step == steps - 1:
+            say(f"step {step:5d} loss {loss.item():.3f} scale {model.logit_scale.exp().item():.1f} "
+                f"{time.time() - began:.0f} s")
+
+    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    settings = {"pictures": pictures, "steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    metadata = {"config": json.dumps(scenes.CLIP_CONFIG), **{name: str(value) for name, value in settings.items()}}
+    data.write_atomically(output, safetensors.torch.save({**tensors, "token_ids": token_ids}, metadata))
+    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {len(token_ids)} token rows, "
+          f"{(time.time() - began) / 60:.1f} minutes")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train the tiny CLIP of scenes; the defaults made the one that ships.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, default=scenes.CHECKPOINT, help="file to write")
+    for name, default in (("pictures", 24000), ("steps", 5000), ("batch-size", 128), ("seed", 0), ("lr", 1.5e-3)):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=" ")
+    args = parser.parse_args()
+    try:
+        train(args.output, args.pictures, args.steps, args.batch_size, args.lr, args.seed)
+    except data.UsageError as error:
+        say(f"train_scenes_clip.py: {error}")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Pictures for people: a contact sheet of tagged photos, and a sheet that shows where labels were seen in one photo.
+
+C labels, M regions of a square photo, row by row from the top left. A picture is a PNG, written whole or not at all.
+
+>>> import numpy, pictures, scenes
+>>> pictures.heat(scenes.picture("test", 0)[0], numpy.arange(64.0)).size
+(224, 224)
+"""
+import math
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+
+TILE = 224  # pixels, width and height of the photo and of each map on the sheet of explanation
+GAP = 12    # pixels between the parts of a sheet
+BACKGROUND, WHITE, BRIGHT, DIM = (24, 26, 30), (255, 255, 255), (230, 230, 230), (150, 154, 162)
+HEAT = np.array([255, 150, 30], np.float32)
+
+
+def _write(sheet, path):
+    stream = BytesIO()
+    sheet.save(stream, "PNG")
+    data.write_atomically(path, stream.getvalue())
+    return Path(path)
+
+
+def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
+    """One PNG of the photos with their four strongest labels as bars below each; chosen tags are bright, the rest grey.
+
+    photos: paths or scenes' (split, index), of which at most `limit` are drawn; names: C; scores: [N, C] in 0..1;
+    tags: for each photo the label indices chosen. -> Path. Raises UsageError if it cannot be written.
+    """
+    photos, bars = photos[:limit], min(4, len(names))
+    side, title_height, bar_height = 260, 20, 22  # pixels
+    font, small = ImageFont.load_default(15), ImageFont.load_default(11)
+    columns, rows = min(per_row, len(photos)), math.ceil(len(photos) / per_row)
+    width, height = side + GAP, side + title_height + bars * bar_height + GAP
+    sheet = Image.new("RGB", (GAP + columns * width, GAP + rows * height), BACKGROUND)
+    canvas = ImageDraw.Draw(sheet)
+    for number, photo in enumerate(photos):
+        x, y = GAP + number % per_row * width, GAP + number // per_row * height
+        image = data.open_photo(photo)
+        shrunk = [max(1, round(length * side / max(image.size))) for length in image.size]
+        image = image.resize(shrunk, Image.Resampling.BICUBIC)
+        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
+        title = photo.name[-44:] if isinstance(photo, Path) else " ".join(map(str, photo))
+        canvas.text((x, y + side + 3), title, font=small, fill=(120, 124, 132))
+        y += side + title_height
+        for label in np.argsort(-scores[number], kind="stable")[:bars]:
+            score, chosen = float(scores[number, label]), int(label) in tags[number]
+            ink, bar_colour = (WHITE, (38, 118, 92)) if chosen else ((165, 168, 175), (70, 74, 82))
+            top, bottom = y + 2, y + bar_height - 4
+            canvas.rectangle([x, top, x + side - 1, bottom], fill=(42, 45, 52))
+            canvas.rectangle([x, top, x + max(1, round(score * (side - 1))), bottom], fill=bar_colour)
+            canvas.text((x + 6, y + 1), names[label][:26], font=font, fill=ink)
+            canvas.text((x + side - 40, y + 1), f"{100 * score:.0f} %", font=font, fill=ink)
+            y += bar_height
+    return _write(sheet, path)
+
+
+def as_seen(image, normalise):
+    """What CLIP saw as a picture: image [3, H, W], normalised by torchvision's Normalize -> PIL RGB"""
+    pixels = image.transpose(1, 2, 0) * np.asarray(normalise.std) + np.asarray(normalise.mean)
+    return Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
+
+
+def heat(seen, values):
+    """A map over the photo, PIL RGB [TILE, TILE]: grey where the map is lowest, bright orange where it is highest.
+
+    seen: PIL RGB, the square that CLIP saw; values: float array [M], stretched from its lowest to its highest value.
+    """
+    side = math.isqrt(len(values))
+    stretched = (values - values.min()) / max(float(values.max() - values.min()), 1e-9)
+    cells = Image.fromarray((255 * stretched).astype(np.uint8).reshape(side, side))
+    strength = np.asarray(cells.resize((TILE, TILE), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    grey = seen.resize((TILE, TILE), Image.Resampling.BICUBIC).convert("L").convert("RGB")
+    mixed = 0.55 * np.asarray(grey, np.float32) * (1 - 0.65 * strength) + HEAT * strength
+    return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
+
+
+def explanation(path, title, seen, names, scores, strongest, maps, region_gate=None, label_gate=None):
+    """Where the strongest labels were seen: a PNG with a row of maps for each of them. -> Path
+
+    title: the photo's name; seen: PIL RGB, the square that CLIP saw; scores: [C] in 0..1; strongest: label indices, a
+    row each; maps: [(title, float array [C, M]), ...], a column each; region_gate: [M] or None, drawn under the photo;
+    label_gate: [C] in 0..1 or None, printed beside the scores of the ten strongest labels.
+    Raises UsageError if it cannot be written.
+    """
+    font, small, line = ImageFont.load_default(15), ImageFont.load_default(12), 20
+    width, height = TILE + GAP, TILE + 2 * line + GAP
+    rows = max(3, len(strongest))  # the left column holds the photo, the regions' gate and the scores
+    sheet = Image.new("RGB", (GAP + (1 + len(maps)) * width, GAP + rows * height), BACKGROUND)
+    canvas = ImageDraw.Draw(sheet)
+
+    def draw_tile(picture, column, row, above, below):
+        x, y = GAP + column * width, GAP + row * height
+        canvas.text((x, y), above, font=font, fill=BRIGHT)
+        sheet.paste(picture, (x, y + line))
+        canvas.text((x, y + line + TILE + 2), below, font=small, fill=DIM)
+
+    def draw_map(values, column, row, above):
+        draw_tile(heat(seen, values), column, row, above, f"{values.min():.3g} to {values.max():.3g}")
+
+    seen = seen.resize((TILE, TILE), Image.Resampling.BICUBIC)
+    draw_tile(seen, 0, 0, title[-30:], "as CLIP saw it")
+    if region_gate is not None:
+        draw_map(region_gate, 0, 1, "S-to-V gate")
+    for row, label in enumerate(strongest):
+        for column, (map_title, values) in enumerate(maps, 1):
+            draw_map(values[label], column, row, f"{names[label][:14]}: {map_title}")
+
+    x, y = GAP, GAP + 2 * height
+    canvas.text((x, y), "label", font=font, fill=BRIGHT)
+    canvas.text((x + 112, y), "score" if label_gate is None else "score    V-to-S", font=font, fill=BRIGHT)
+    for label in np.argsort(-scores, kind="stable")[:10]:
+        y += line
+        gate = "" if label_gate is None else f"      {100 * label_gate[label]:4.1f} %"
+        canvas.text((x, y), names[label][:14], font=font, fill=BRIGHT)
+        canvas.text((x + 112, y), f"{100 * scores[label]:3.0f} %{gate}", font=font, fill=DIM)
+    return _write(sheet, path)

@@ -1,0 +1,457 @@
+"""What a run is, once for both methods: options, device, output folder, resume, checkpoint, record, exit codes.
+
+A script extends Options by its own dataclass and does its work inside exit_codes, which turns every way to fail into
+one line. A folder belongs to one set of settings; it is locked while a run writes it, and nothing in it is moved aside.
+"""
+import os
+import sys
+
+
+def _interrupted(kind, error, trace):
+    """Ctrl-C while torch is still being imported: one line, as later on."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _interrupted
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import operator
+import platform
+import resource
+import shlex
+import subprocess
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+
+import data
+import embed
+import metrics
+import pictures
+from data import UsageError, say
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; else one process
+RESUME_SECONDS = float(os.environ.get("RESUME_SECONDS", 5))  # between saves of resume.pt
+
+
+class Diverged(Exception):
+    """The loss is no longer a number."""
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+RANGE = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+
+
+def option(default, text, group="method", **words):
+    """A field that becomes --its-name. group: its heading in --help (running options do not decide a result); words:
+    its range (above, at_least, below, at_most), and what argparse.add_argument takes."""
+    about = {"group": group, "help": text, "limits": {word: words.pop(word) for word in RANGE if word in words}}
+    return dataclasses.field(default=default, metadata={**about, "argparse": words})
+
+
+@dataclass
+class Options:
+    dataset: str = option("scenes", "labelled photos", "data", choices=data.DATASETS)
+    data_root: str = option("data", "folder that holds the datasets", "data", metavar="DIR")
+    policy: tuple = option((), "treatment of doubtful labels, or of splits, such as difficult=negative (a wrong one is "
+                           "answered by the dataset's list)", "data", nargs="+", metavar="NAME=VALUE")
+    labels: str = option(None, "label file, one name a line (default: the dataset's own)", "data", metavar="FILE")
+    limit: int = option(None, "only the first N training texts or photos, test photos", "data", at_least=1, metavar="N")
+    backbone: str = option(None, "open_clip's name, or scenes (default: scenes for scenes, else ViT-B-16)", "CLIP")
+    pretrained: str = option(None, "open_clip's tag, a file, or none: random (default: openai)", "CLIP", metavar="FILE")
+    resolution: int = option(None, "pixels (default: the backbone's own)", "CLIP", at_least=1)
+    precision: str = option(None, "of the CLIP towers; losses are fp32 (default: bf16 on a GPU, else fp32)", "CLIP",
+                            choices=("fp32", "bf16"))
+    lr: float = option(None, "learning rate", above=0)
+    epochs: int = option(None, "passes over the training data", at_least=1)
+    batch_size: int = option(None, "rows an optimiser step", at_least=1)
+    seed: tuple = option((0,), "one or more", nargs="+", type=int, at_least=0, below=2 ** 40)
+    impl: str = option("fused", "fast paths, or the plain formulas", choices=("fused", "reference"))
+    gpu: int = option(None, "GPU number (default: 0 if there is one)", "running", at_least=0, metavar="N")
+    cpu: bool = option(False, "run on the CPU", "running")
+    workers: int = option(2, "processes that decode photos", "running", at_least=0, metavar="N")
+    cache: str = option("runs/cache", "folder of cached features", "running", metavar="DIR")
+    output: str = option(None, "folder of results (default: runs/<method>/<dataset>)", "running", metavar="DIR")
+    overwrite: bool = option(False, "begin anew in a folder that holds a run", "running")
+    checkpoint: str = option(None, "a trained model: it is scored, or used by --predict", "running", metavar="FILE")
+    predict: tuple = option((), "photos or folders that --checkpoint shall tag: a JSON line each on stdout, and a "
+                            "contact sheet", "running", nargs="+", metavar="PATH")
+    threshold: float = option(0.5, "a label becomes a tag from this score on", "running", at_least=0, at_most=1)
+    top_k: int = option(None, "the K strongest labels become tags, instead", "running", at_least=1, metavar="K")
+    quiet: bool = option(False, "no progress bar", "running")
+    given: tuple = ()  # names of the options that stood on the command line
+
+
+MOVED = {  # what became of options that earlier versions had
+    **{f"--{name.replace('_', '-')}": f"now --policy {name}=VALUE"
+       for name in ("difficult", "unlabelled", "validation", "partition", "split_seed")},
+    "--captions": "now --texts FILE", "--no-descriptions": "now --descriptions none",
+    "--eval-only": "no longer needed: --checkpoint alone scores", "--accumulate": "gone: lower --batch-size",
+    "--download": "now a command: python -c \"import embed; embed.download_voc2007('data')\"",
+    **{f"--{name}": "gone: it gained nothing" for name in ("held-out-text", "zero-shot-weight")},
+    **{f"--{name}": "now fixed in the script, in a line marked with its choice" for name in (
+        "hidden", "margin", "gamma-pos", "weight-decay", "warm-up", "scale", "prior", "crop-scale", "cache-limit",
+        "context-init", "knowledge-order", "projection-init", "quaternion-hidden", "quaternion-activation",
+        "quaternion-axes", "quaternion-readout")},
+}
+
+
+def options_of(kind):
+    return [field for field in dataclasses.fields(kind) if field.metadata]
+
+
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message}; --help lists the options")
+
+
+def parse(kind, argv, description, epilog=""):
+    """kind: dataclass that extends Options; argv: words -> kind. Raises UsageError for words that make no sense."""
+    for flag in (word.partition("=")[0] for word in argv):
+        if flag in MOVED:
+            raise UsageError(f"{flag} is {MOVED[flag]}")
+    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    groups = {name: parser.add_argument_group(name) for name in ("method", "data", "CLIP", "running")}
+    for field in options_of(kind):
+        words, default = dict(field.metadata["argparse"]), field.default
+        if field.type is bool:
+            words["action"] = "store_true"
+        else:
+            words.setdefault("type", field.type if field.type in (int, float) else str)
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        text = field.metadata["help"] + (f" (default: {shown})" if shown not in (None, False, "") else "")
+        groups[field.metadata["group"]].add_argument(flag_of(field.name), help=text.replace("%", "%%"), **words)
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = kind(**given, given=tuple(given))
+    for field in options_of(kind):
+        check_range(field, getattr(config, field.name))
+    if config.predict and not config.checkpoint:
+        raise UsageError("--predict uses a trained model: train one, then add --checkpoint DIR/checkpoint.safetensors")
+    backbone = config.backbone or ("scenes" if config.dataset == "scenes" else "ViT-B-16")
+    return dataclasses.replace(config, backbone=backbone)
+
+
+def check_range(field, value):
+    values = value if isinstance(value, tuple) else () if value is None else (value,)
+    limits = field.metadata["limits"]
+    for one in values:
+        finite = not isinstance(one, float) or math.isfinite(one)
+        if not finite or not all(RANGE[word](one, limit) for word, limit in limits.items()):
+            wanted = " and ".join(f"{word.replace('_', ' ')} {limit:g}" for word, limit in limits.items()) or "finite"
+            raise UsageError(f"{flag_of(field.name)} {one}: must be {wanted}")
+    if len(set(values)) < len(values):
+        raise UsageError(f"{flag_of(field.name)} {' '.join(map(str, values))}: a value stands twice")
+
+
+def settings_of(config, **more):
+    """What decides a result: options other than the running ones, content of files and datasets. JSON values."""
+    deciding = [field for field in options_of(config) if field.metadata["group"] != "running"]
+    values = {field.name: getattr(config, field.name) for field in deciding}
+    for name in (field.name for field in deciding if field.metadata["argparse"].get("metavar") == "FILE"):
+        if values[name] and Path(values[name]).is_file():
+            values[f"content of {name}"] = data.digest(values[name])
+    values["content of the dataset"] = data.identity(config.dataset, config.data_root)
+    return json.loads(json.dumps({**values, **more}))
+
+
+# --- device -----------------------------------------------------------------------------------------------------------
+def set_up(config):
+    """The device and, under torchrun, the process group -> (config with its precision, device)"""
+    count, number = torch.cuda.device_count(), config.gpu
+    if number is not None and (config.cpu or WORLD > 1):
+        raise UsageError("--gpu excludes --cpu, and torchrun, which gives every process its own; leave one out")
+    if number is None and count and not config.cpu:
+        number = int(os.environ.get("LOCAL_RANK", 0))
+    if number is not None and number >= count:
+        raise UsageError(f"GPU {number}: this machine has {count} that PyTorch can use; choose another, or --cpu")
+    device = torch.device("cpu") if number is None else torch.device("cuda", number)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+    if RANK > 0:  # a mistake is said once, by the first process
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+    if number is None and not config.cpu:
+        say("no GPU found: running on the CPU")
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(config, precision=config.precision or ("bf16" if bf16 else "fp32")), device
+
+
+def load_clip(config, device):
+    return embed.load_clip(config.backbone, config.pretrained, device, config.precision, config.resolution)
+
+
+def part():
+    """Under torchrun: from here on the first process works alone -> whether this is one of the others"""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return RANK > 0
+
+
+# --- output folder ----------------------------------------------------------------------------------------------------
+def read_result(path):
+    """metrics.json -> dict. Raises UsageError for a file of another form."""
+    def read(path):
+        result = json.loads(path.read_text("utf-8"))
+        forms = (("settings", dict), ("runs", list), ("finished", bool))
+        if not all(isinstance(result[name], form) for name, form in forms):
+            raise ValueError("not the form that a run writes")
+        return result
+    return data.read_stored(path, "result", read, "delete it, or add --overwrite to begin anew")
+
+
+def open_folder(config, folder, settings):
+    """Lock a run's folder and look at what it holds -> (None, a part of the result or all of it; the lock, to be kept).
+
+    Raises UsageError where another process writes it, it holds a run with other settings, or it cannot be written.
+    """
+    lock = data.hold(folder / ".lock", f"--output {folder}") if RANK == 0 else None
+    if config.overwrite or not (folder / "metrics.json").is_file():
+        return None, lock
+    result = read_result(folder / "metrics.json")
+    then = result["settings"]
+    other = [f"{name} {then.get(name)}, not {settings.get(name)}" for name in {**then, **settings}
+             if then.get(name) != settings.get(name)]
+    if other:
+        raise UsageError(f"--output {folder} holds a run with other settings ({'; '.join(other)}); choose another "
+                         "--output, or add --overwrite to begin anew")
+    return result, lock
+
+
+def begin(folder, overwrite, result):
+    """Just before training: --overwrite drops what was there, and the folder becomes this run's. result: the record."""
+    if RANK == 0 and overwrite:
+        for name in ("metrics.json", "resume.pt", "checkpoint.safetensors", "log.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    write_result(folder, result)
+
+
+def write_result(folder, result, log=()):
+    """metrics.json, and for each epoch of a seed that is done a line in log.jsonl -> the result as it is stored"""
+    if RANK == 0:
+        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in log)
+        data.write_json(folder / "metrics.json", result)
+        if log:
+            (folder / "resume.pt").unlink(missing_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
+    return read_result(folder / "metrics.json")
+
+
+# --- resume and checkpoint --------------------------------------------------------------------------------------------
+def fill(tensors, stored, path):
+    """Copy stored {name: tensor} into tensors of the same names and shapes. Raises UsageError."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in some.items()} for some in (tensors, stored)]
+    if shapes[0] != shapes[1]:
+        raise UsageError(f"{path}: its tensors do not fit its settings; it was written by another version")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+
+
+def save_resume(path, key, tensors, optimiser, log):
+    stream = BytesIO()
+    torch.save({"key": key, "tensors": tensors, "optimiser": optimiser.state_dict(), "log": log}, stream)
+    data.write_atomically(path, stream.getvalue())
+
+
+def load_resume(path, key, tensors, optimiser):
+    """Copy what save_resume kept for this key into tensors and optimiser -> log, one entry an epoch done, [] if nothing
+    was kept. Raises UsageError for a damaged file."""
+    def read(path):
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["key"] != key:
+            return []
+        fill(tensors, state["tensors"], path)
+        optimiser.load_state_dict(state["optimiser"])
+        return list(state["log"])
+    if not path.is_file():
+        return []
+    log = data.read_stored(path, "half-trained model", read, "delete it to train this seed anew")
+    if log:
+        say(f"{path.parent}: going on after epoch {len(log)}")
+    return log
+
+
+def save_checkpoint(path, method, tensors, **metadata):
+    """Learned tensors; class order, settings, the encoder's name and identity ... as JSON in the file's metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {name: json.dumps(value) for name, value in {"method": method, **metadata}.items()}
+    data.write_atomically(path, to_safetensors(tensors, metadata))
+
+
+def read_checkpoint(path, method):
+    """-> (tensors, metadata: dict with names, settings, encoder, encoder_key). Raises UsageError for any other file."""
+    def read(path):
+        with safe_open(str(path), "pt") as stored:
+            metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
+        if metadata.get("method") != method or {"names", "settings", "encoder", "encoder_key"} - set(metadata):
+            raise ValueError("it holds no model of this script")
+        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise ValueError(f"its {bad[0]} is not finite")
+        return tensors, metadata
+    return data.read_stored(path, "checkpoint", read, "pass a checkpoint.safetensors that this script wrote")
+
+
+def as_trained(config, path, settings):
+    """How a model was made is its checkpoint's to say; what it is used on, the command line's. -> config"""
+    own = [field.name for field in options_of(config) if field.metadata["group"] in ("method", "CLIP")]
+    made = {name: settings[name] for name in own if name in settings and name not in ("impl", "precision")}
+    if "dataset" not in config.given:
+        made |= {name: settings[name] for name in ("dataset", "data_root", "policy") if name not in config.given}
+    made = {name: tuple(value) if isinstance(value, list) else value for name, value in made.items()}
+    for name in ("backbone", "pretrained", "resolution"):  # weights may have moved; that they are the same is checked
+        if name in config.given:
+            del made[name]
+    if ignored := [flag_of(name) for name in config.given if name in made and getattr(config, name) != made[name]]:
+        say(f"{path} was made with its own {', '.join(ignored)}; what the command line says of it is not used")
+    return dataclasses.replace(config, **made)
+
+
+def check_fits(path, metadata, names, encoder, encoder_key):
+    """A checkpoint is used with its own labels in their order, and with its own encoder. Raises UsageError."""
+    if names != metadata["names"]:
+        pairs = enumerate(zip(metadata["names"], names, strict=False), 1)
+        other = [f"label {number} is '{there}' there, '{here}' here" for number, (there, here) in pairs
+                 if there != here]
+        other.append(f"it has {len(metadata['names'])} labels, not {len(names)}")
+        raise UsageError(f"checkpoint {path}: trained for other labels or another order of them ({other[0]}); pass the "
+                         "--dataset and --labels it was trained with")
+    if encoder_key != metadata["encoder_key"]:
+        raise UsageError(f"checkpoint {path}: trained on {metadata['encoder']}, not on {encoder} as it is here; pass "
+                         "the same --backbone, --pretrained and --resolution (or --features)")
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+def measure(logits, scores, truth):
+    """What is recorded of one run. logits [N, C] rank, scores [N, C] are thresholded; truth [N, C] -> dict, percent"""
+    if not np.isfinite(logits).all():
+        raise Diverged("the scores of the test photos are not finite; lower --lr")
+    return {"mAP": metrics.mean_average_precision(logits, truth),
+            "mAP_interpolated": metrics.mean_average_precision(logits, truth, interpolated=True),
+            "threshold_0.5": metrics.multilabel_f1(scores, truth),
+            "top_3": metrics.multilabel_f1(scores, truth, top_k=min(3, truth.shape[1])),
+            "attributes": metrics.attribute_metrics(scores, truth),
+            "ap": (100 * metrics.average_precision(logits, truth)).tolist()}
+
+
+def spread(values):
+    """(mean, sample standard deviation; 0 for one value)"""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def commit():
+    """The git commit this file is at, "+" when the tree has changes, "unknown" outside a repository."""
+    def git(*words):
+        words = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def record(method, config, argv, settings, device, seconds, names, truth, runs, chosen, finished, **more):
+    """The content of metrics.json. runs: dicts of measure with seed and setting; chosen: those of the main setting;
+    truth: labels of the test photos [N, C], or None without any; more: what the method adds."""
+    scored = [run for run in chosen if "mAP" in run]
+    mean, std = spread([np.nan if run["mAP"] is None else run["mAP"] for run in scored]) if scored else (None, None)
+    ap = np.array([run["ap"] for run in scored], float).mean(0) if scored else []
+    per_class = [{"name": name, "positives": int((truth[:, column] == 1).sum()), "ap": float(ap[column])}
+                 for column, name in enumerate(names) if scored]
+    on_gpu = device.type == "cuda"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "method": method, "dataset": config.dataset, "impl": config.impl, "commit": commit(), "mAP": mean,
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *argv]), "seconds": round(seconds, 2), "mAP_std": std,
+        "seeds": [run["seed"] for run in chosen], "runs": runs, "per_class": per_class, "label_count": len(names),
+        "photo_count": 0 if truth is None else len(truth), **more, "settings": settings, "finished": finished,
+        "config": {field.name: getattr(config, field.name) for field in options_of(config)}, "processes": WORLD,
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "peak_memory_mib": round((torch.cuda.max_memory_allocated(device) if on_gpu else peak) / 2 ** 20),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+
+
+def report(result, trained, row_of):
+    """Print a result as a person reads it. trained: from what it learnt; row_of: run -> what its row is called"""
+    print(f"{result['dataset']}: {result['photo_count']:,} test photos, {result['label_count']} labels; "
+          f"{result['backbone']}; {trained}; {len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}")
+    if result["zero_shot_mAP"] is None:
+        print("(no test photos for these labels: nothing to score)")
+        return
+    print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}\n{'zero-shot (cosine)':<34}{result['zero_shot_mAP']:8.2f}")
+    for row in dict.fromkeys(map(row_of, result["runs"])):
+        runs = [run for run in result["runs"] if row_of(run) == row]
+        mean, std = spread([np.nan if run["mAP"] is None else run["mAP"] for run in runs])
+        f1 = "".join(f"{np.mean([run['threshold_0.5'][name] for run in runs]):8.1f}" for name in ("CF1", "OF1"))
+        print(f"{row:<34}{mean:8.2f}" + (f" ±{std:4.2f}" if len(runs) > 1 else " " * 6) + f1)
+
+
+def write_tags(config, photos, names, scores, folder):
+    """One JSON line a photo on stdout, strongest label first, and predictions.png in the folder. scores: [N, C]"""
+    if config.backbone == "scenes":
+        say("CLIP is the scenes toy here, trained on drawn pictures: what it says of photographs means nothing")
+    orders = np.argsort(-scores, axis=1, kind="stable").tolist()
+    tags = [order[:config.top_k] if config.top_k else [label for label in order if row[label] >= config.threshold]
+            for order, row in zip(orders, scores, strict=True)]
+    sheet = pictures.contact_sheet(photos, names, scores, tags, folder / "predictions.png")  # first: head leaves early
+    for photo, row, order, chosen in zip(photos, scores, orders, tags, strict=True):
+        line = {"photo": str(photo), "labels": [names[label] for label in chosen],
+                "scores": {names[label]: round(float(row[label]), 4) for label in order}}
+        print(json.dumps(line, ensure_ascii=False))
+    say(f"contact sheet: {sheet}" + (f" (the first 48 of {len(photos)} photos)" if len(photos) > 48 else ""))
+
+
+# --- exit codes -------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def exit_codes(script):
+    """Ends the process: 0 done, 2 a mistake or missing data, 3 diverged, 130 interrupted; one line says why."""
+    # the focused loss makes gradients whose squares are below 1e-38; on a CPU such numbers make steps many times slower
+    torch.set_flush_denormal(True)
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # photo names of any bytes, labels of any script
+    code, why = 2, None
+    try:
+        yield sys.argv[1:]
+        sys.stdout.flush()
+        code = 0
+    except UsageError as error:
+        why = str(error)
+    except Diverged as error:
+        code, why = 3, str(error)
+    except KeyboardInterrupt:
+        code, why = 130, "interrupted; the same command goes on from the last saved epoch"
+    except BrokenPipeError:  # | head: nothing more is wanted
+        code = 0
+    except OSError as error:  # a full disk or standard output, a folder without permission
+        why = f"{error.filename or 'standard output'}: {error.strerror or error}; free space, or choose another place"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        why = "not enough memory; lower --batch-size, --limit or --resolution"
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if why:
+        say(f"{script}: {why}")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # what could not be written is not tried again
+    sys.exit(code)
