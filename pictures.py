@@ -64,7 +64,7 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
 
 def as_seen(image, normalise):
     """What CLIP saw as a picture: image [3, H, W], normalised by torchvision's Normalize -> PIL RGB"""
-    pixels = image.transpose(1, 2, 0) * np.asarray(normalise.std) + np.asarray(normalise.mean)
+    pixels = image.transpose(1, 2, 0) * np.float32(normalise.std) + np.float32(normalise.mean)
     return Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
 
 

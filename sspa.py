@@ -467,19 +467,20 @@ class _SoftAggregateLoss(torch.autograd.Function):
             # softmax d weight_n / d cosine_m = weight_n ([n = m] - weight_m) / temperature
             d_cosine = (cosine - s[..., None]).div_(temperature).add_(1).mul_(weight).mul_((scale * dz)[..., None])
             # cosine = t x / (|t| |x|), so d cosine / d t = x / (|t| |x|) - cosine t / |t|^2: the norm costs a
-            # projection (what lies along t changes only its length); likewise for x
+            # projection (what lies along t only changes its length); likewise for x
             along = d_cosine * cosine
             d_product = d_cosine.div_(t_norm).div_(x_norm.mT)                    # d loss / d (t x)
-            d_labels[rows, part] = torch.baddbmm(t * (-along.sum(2)[..., None] / t_norm ** 2), d_product, x)
-            d_regions[rows] += torch.baddbmm(x * (-along.sum(1)[..., None] / x_norm ** 2), d_product.mT, t)
+            torch.mul(t, -along.sum(2)[..., None] / t_norm ** 2, out=d_labels[rows, part]).baddbmm_(d_product, x)
+            d_regions[rows].addcmul_(x, along.sum(1)[..., None] / x_norm ** 2, value=-1).baddbmm_(d_product.mT, t)
         ctx.save_for_backward(d_labels, d_regions, d_scale, d_bias)
         return loss / batch
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        d_labels, d_regions, d_scale, d_bias = (slope * grad for slope in ctx.saved_tensors)
-        return d_labels, d_regions, None, d_scale, d_bias, None, None, None, None
+        unit = grad.item() == 1  # the usual case: spare a pass over the largest tensors
+        d_labels, d_regions, d_scale, d_bias = (slope if unit else slope * grad for slope in ctx.saved_tensors)
+        return d_labels, d_regions, None, d_scale, d_bias, *[None] * 4
 
 
 def soft_aggregate_loss_fused(label_features, region_features, temperature, scale, bias, targets,
@@ -490,8 +491,7 @@ def soft_aggregate_loss_fused(label_features, region_features, temperature, scal
 
 
 # --- SSPA: the whole --------------------------------------------------------------------------------------------------
-class Labels(NamedTuple):
-    """All that is made of the label names"""
+class Labels(NamedTuple):  # all that is made of the label names
     names: list
     texts: list              # what KAP reads of each
     tokens: torch.Tensor     # [C, 77] of "X ... X {name}."

@@ -92,7 +92,8 @@ if __name__ == "__main__":
     import xllamacpp
     settings = xllamacpp.CommonParams()
     settings.model.path, settings.model_alias = str(options.model), {options.model.stem}
-    settings.port, settings.n_parallel, settings.n_ctx, settings.cpuparams.n_threads = options.port, 4, 4 * 1536, 2
+    settings.port, settings.n_parallel, settings.n_ctx = options.port, 4, 4 * 1536
+    settings.cpuparams.n_threads = 1  # several wait for each other by spinning: on a busy machine eight times as slow
     server = xllamacpp.Server(settings)
     print(f"{server.listening_address}/v1", flush=True)
     threading.Event().wait()

@@ -1,4 +1,4 @@
-"""adapter_rp.py: fast paths against the formulas, formulas by hand, counted work, and learning. Options: test_sspa.py."""
+"""adapter_rp.py: fast paths against the formulas, formulas by hand, counted work, learning (options: test_sspa.py)."""
 import functools
 import inspect
 import json
@@ -6,6 +6,7 @@ import math
 import shlex
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -66,17 +67,17 @@ def saved_bytes(function):
 
 
 def watched(monkeypatch, script):
-    """The set, filled from now on, of the names of functions *_reference and *_fused that were called."""
-    called = set()
+    """A function that gives the names of the script's *_reference and *_fused called since it was last asked."""
+    pairs = [name for name in vars(script) if name.endswith(("_reference", "_fused"))]
+    mocks = {name: mock.Mock(wraps=getattr(script, name)) for name in pairs}
+    for name in pairs:
+        monkeypatch.setattr(script, name, mocks[name])
 
-    def watch(name, function):
-        def call(*words, **more):
-            called.add(name)
-            return function(*words, **more)
-        monkeypatch.setattr(script, name, call)
-    for name, function in list(vars(script).items()):
-        if name.endswith(("_reference", "_fused")):
-            watch(name, function)
+    def called():
+        names = {name for name in pairs if mocks[name].called}
+        for name in names:
+            mocks[name].reset_mock()
+        return names
     return called
 
 
@@ -112,7 +113,7 @@ def test_losses_fused_equal_reference(name, shape):
 
 @pytest.mark.parametrize("exponents", EXPONENTS)
 def test_asymmetric_exponents_and_extreme_logits(monkeypatch, exponents):
-    """In blocks that do not divide the logits; at +-1e4 and where the sigmoid rounds to 0 or 1 all is finite and equal."""
+    """In blocks that do not divide the logits; finite and equal at +-1e4 and where the sigmoid rounds to 0 or 1."""
     monkeypatch.setattr(rp._AsymmetricLoss, "BLOCK", 10)
     same(*LOSSES["asymmetric"], [leaf(13, 19, scale=3)], [targets_of(13, 19), *exponents])
     extremes = torch.tensor([-1e4, -700, -90, -40, -17, -1e-3, 0, 1e-3, 17, 40, 90, 700, 1e4])
@@ -124,12 +125,11 @@ def test_asymmetric_exponents_and_extreme_logits(monkeypatch, exponents):
 
 @pytest.mark.parametrize("impl", [0, 1])
 def test_losses_by_hand(impl):
-    """z = log 3 gives p = 3/4. Present, gamma+ 1: -(1/4) log(3/4). Absent, gamma- 2, clip 1/4: q = 1/2, -(1/4) log(1/2).
+    """z = log 3: p = 3/4. Present, gamma+ 1: -(1/4) log(3/4). Absent, gamma- 2, clip 1/4: q = 1/2, -(1/4) log(1/2).
     Ranking: present 1, absent 0.5 and -3, ignored 9: relu(1 - 1 + 0.5) + relu(1 - 1 - 3). Cross-entropy: PyTorch's."""
-    logits = torch.full((1, 3), math.log(3), dtype=torch.float64)
-    found = LOSSES["asymmetric"][impl](logits, torch.tensor([[1, 0, -1]]), 2.0, 1.0, 0.25)
-    assert found.item() == pytest.approx(-0.25 * math.log(0.75) - 0.25 * math.log(0.5), abs=1e-12)
-    found = LOSSES["ranking"][impl](torch.tensor([[1.0, 0.5, -3, 9]]), torch.tensor([[1, 0, 0, -1]]))
+    found = LOSSES["asymmetric"][impl](torch.full((1, 3), math.log(3)), torch.tensor([[1, 0, -1]]), 2.0, 1.0, 0.25)
+    assert found.item() == pytest.approx(-0.25 * math.log(0.75) - 0.25 * math.log(0.5))
+    found = LOSSES["ranking"][impl](torch.tensor([[1, 0.5, -3, 9]]), torch.tensor([[1, 0, 0, -1]]))
     assert found.item() == pytest.approx(0.5)
     logits, targets = leaf(6, 9), targets_of(6, 9).clamp_min(0)
     expected = F.binary_cross_entropy_with_logits(logits, targets.double(), reduction="sum") / 6
@@ -157,7 +157,7 @@ def test_fused_keeps_an_eighth_at_two_thousand_labels():
     assert 8 * saved_bytes(lambda: rp.classifier_loss_fused(*tensors, targets)) < reference
 
 
-# --- random perturbation ----------------------------------------------------------------------------------------------
+# --- random perturbation and adapter ----------------------------------------------------------------------------------
 
 PERTURB = [rp.perturb_reference, rp.perturb_fused]
 
@@ -186,8 +186,6 @@ def test_noise_has_the_stated_size(law, perturb):
     with pytest.raises(ValueError, match="unknown noise law"):
         perturb(noise, 0.5, "cauchy", 1.0, None)
 
-
-# --- adapter ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["mlp", "linear"])
 def test_adapter_is_the_formula(kind):
@@ -226,9 +224,9 @@ def trained(folder, words):
 def test_impl_switches_everything_and_learns_the_same(monkeypatch, tmp_path, words):
     called, learned = watched(monkeypatch, rp), []
     for impl in ("reference", "fused"):
-        called.clear()
         learned.append(trained(tmp_path, f"--impl {impl} --seed 0 1 {words}").state_dict())
-        assert len(called) > 1 and f"perturb_{impl}" in called and all(name.endswith(impl) for name in called), called
+        names = called()
+        assert len(names) > 1 and f"perturb_{impl}" in names and all(name.endswith(impl) for name in names), names
     torch.testing.assert_close(learned[1], learned[0], rtol=2e-4, atol=2e-5)
 
 
@@ -238,8 +236,6 @@ def test_a_run_learns_the_same_alone_or_beside_others(tmp_path):
         alone = trained(tmp_path, f"--seed {seed} --noise-std {std}")
         torch.testing.assert_close(alone.of_run(0), together.of_run(number), rtol=1e-4, atol=1e-5)
 
-
-# --- it learns --------------------------------------------------------------------------------------------------------
 
 def noise_helps(result, over_zero_shot, over_no_noise):
     """The worst seed with noise 0.15 beats zero-shot, and the best seed without noise, by so many points."""
@@ -264,9 +260,10 @@ def test_labels_never_trained_on(cache, tmp_path):
     for name, labels in (("seen", scenes.NAMES[:12]), ("unseen", scenes.NAMES[12:])):
         (tmp_path / name).write_text("\n".join(labels))
     words = f"--cpu --limit 500 --cache {cache} --batch-size 64 --epochs 15 --quiet"
-    rp.main([*words.split(), "--head", "label-embedding", "--labels", f"{tmp_path}/seen", "--output", f"{tmp_path}/run"])
-    rp.main([*words.split(), "--checkpoint", f"{tmp_path}/run/checkpoint.safetensors", "--labels", f"{tmp_path}/unseen",
-             "--output", f"{tmp_path}/scored"])
+    for more in (f"--head label-embedding --labels {tmp_path}/seen --output {tmp_path}/run",
+                 f"--checkpoint {tmp_path}/run/checkpoint.safetensors --labels {tmp_path}/unseen "
+                 f"--output {tmp_path}/scored"):
+        rp.main(f"{words} {more}".split())
     result = json.loads((tmp_path / "scored/metrics.json").read_text())
     chance = 100 * np.mean([label["positives"] for label in result["per_class"]]) / result["photo_count"]
     assert [label["name"] for label in result["per_class"]] == scenes.NAMES[12:] and result["mAP"] > 2 * chance

@@ -1,6 +1,7 @@
 """embed.py against open_clip's own loading, on small towers; and what it says of bad photos, weights and caches."""
 import glob
 import json
+import os
 import urllib.request
 from unittest.mock import Mock
 
@@ -60,26 +61,16 @@ def test_resnet_at_another_resolution(towers):
     mean, grid = clip.model.visual.attnpool.positional_embedding[:, 0].split([1, 4 * 4])
     assert mean == 7 and (grid.view(4, 4).diff(dim=1) > 0).all() and grid.view(4, 4).diff(dim=0).abs().max() < 1e-5
     assert embed.embed_photos(clip, PHOTOS[:1])[0].isfinite().all() and clip.image_size == (128, 128)
+    assert len({(torch.manual_seed(seed), embed.load_clip("small-ViT", "none"))[1].key for seed in (1, 2)}) == 1
 
 
 def test_regions_keep_the_order_of_the_photos(clip, tmp_path):
-    """image_features here: the mean colour, and the colours of four quarters."""
-    def quarters(_, images):
+    def quarters(_, images):  # image_features here: the mean colour, and the colours of four quarters
         return images.mean((2, 3)), torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).mT
     x0, X, kept = embed.embed_regions(clip, [*PHOTOS, tmp_path / "none.jpg", *PHOTOS[:2]], quarters, batch_size=4)
     expected = quarters(None, torch.stack([embed.load_photo(clip, photo) for photo in [*PHOTOS, *PHOTOS[:2]]]))
     assert kept.tolist() == [0, 1, 2, 3, 4, 5, 7, 8] and X.dtype == torch.float16
     torch.testing.assert_close((x0, X.float()), expected, atol=2e-3, rtol=0)
-
-
-def test_sixteen_bits_and_turned_photos(clip, tmp_path):
-    ramp, turned = np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1)), Image.Exif()
-    turned[0x0112] = 6  # "turn me a quarter clockwise", as a phone writes it
-    Image.fromarray(ramp).save(tmp_path / "8.png")
-    Image.fromarray(ramp.astype(np.uint16) * 256).save(tmp_path / "16.png")
-    Image.fromarray(np.rot90(ramp)).save(tmp_path / "turned.jpg", exif=turned, quality=100)
-    plain, deep, phone = (embed.load_photo(clip, tmp_path / name) for name in ("8.png", "16.png", "turned.jpg"))
-    assert plain[0, 0, -1] - plain[0, 0, 0] > 3 and torch.equal(deep, plain) and (phone - plain).abs().max() < 0.05
 
 
 def test_a_crop_by_hand(clip, tmp_path):
@@ -88,8 +79,7 @@ def test_a_crop_by_hand(clip, tmp_path):
     photo.paste((0, 255, 0), (64, 0, 96, 64))
     photo.paste((255, 0, 0), (96, 0, 128, 64))
     photo.save(tmp_path / "photo.png")
-    draws = [Mock(uniform=Mock(side_effect=[0.25, 0.0, 64, 0]), random=lambda: 0.5),
-             Mock(uniform=Mock(side_effect=[0.25, 0.0, 64, 0]), random=lambda: 0.4)]
+    draws = [Mock(uniform=Mock(side_effect=[0.25, 0.0, 64, 0]), random=lambda by=by: by) for by in (0.5, 0.4)]
     crop, mirrored = (embed.load_photo(clip, tmp_path / "photo.png", generator, 0.2) for generator in draws)
     assert crop[:, 32, 8].argmax() == 1 and crop[:, 32, -8].argmax() == 0 and torch.equal(mirrored, crop.flip(2))
     assert (crop[:, :, :24].std((1, 2)) < 1e-5).all()  # nothing black came in
@@ -98,7 +88,10 @@ def test_a_crop_by_hand(clip, tmp_path):
 def test_random_crops_hang_on_seed_epoch_and_row_alone(clip, tmp_path, capsys):
     """Not on the number of workers, the batches, or torch's random state, which they leave alone."""
     photos, state = [*PHOTOS, tmp_path / "none.jpg"], torch.get_rng_state()
-    whole = torch.cat([images for images, _ in embed.decoded(clip, photos, [[0, 1, 2, 3], [4, 5, 6]], 2, (1, 2, 0.3))])
+    torch.multiprocessing.set_sharing_strategy("file_system")  # with it a tensor that a worker sends becomes a file
+    whole = list(embed.decoded(clip, photos, [[0, 1, 2, 3], [4, 5, 6]], 2, (1, 2, 0.3)))
+    assert not glob.glob("/dev/shm/torch_*")  # Docker gives shared memory 64 MB: no batch must go through it
+    whole = torch.cat([images for images, _ in whole])
     for workers, batches in ((0, [[2], [0], [6]]), (1, [[2, 0], [6]]), (2, [[2], [0, 6]])):
         images, readable = zip(*embed.decoded(clip, photos, batches, workers, (1, 2, 0.3)), strict=True)
         assert torch.equal(torch.cat(images), whole[[2, 0, 6]]) and torch.cat(readable).tolist() == [True, True, False]
@@ -107,18 +100,8 @@ def test_random_crops_hang_on_seed_epoch_and_row_alone(clip, tmp_path, capsys):
     assert torch.equal(torch.get_rng_state(), state) and capsys.readouterr().err.count("none.jpg: cannot be read") == 1
 
 
-def test_nothing_travels_through_shared_memory(clip):
-    """Docker gives /dev/shm 64 MB. With this strategy torch would leave files there that can be seen."""
-    before = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    batches = list(embed.decoded(clip, PHOTOS, [[0, 1], [2, 3], [4, 5]], 2))
-    torch.multiprocessing.set_sharing_strategy(before)
-    assert len(batches) == 3 and not glob.glob("/dev/shm/torch_*")
-
-
-@pytest.mark.parametrize("block", [1, 4096])
-def test_unreadable_photos_are_named_and_left_out(clip, tmp_path, capsys, monkeypatch, block):
-    monkeypatch.setattr(embed, "BLOCK", block)
+def test_unreadable_photos_are_named_and_left_out(clip, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(embed, "BLOCK", 1)  # so that a block has no readable photo
     scenes.picture("test", 0)[0].save(tmp_path / "whole.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     photos = [tmp_path / name for name in ("torn.jpg", "whole.jpg", "missing.jpg", "whole.jpg")]
@@ -140,13 +123,13 @@ def test_texts_too_long_and_unknown_words_are_said(clip, capsys):
 
 def test_cache_follows_what_it_was_computed_from(clip, tmp_path, monkeypatch):
     """The photo, the resolution, the precision and the texts; nothing is computed twice."""
-    photo, folder, made = tmp_path / "photo.png", tmp_path / "cache", []
+    photo, folder, made = tmp_path / "photo.bmp", tmp_path / "cache", []
     clips = [clip, embed.load_clip(resolution=128), embed.load_clip(precision="bf16")]
-    for size in (192, 190):
-        scenes.picture("test", 0)[0].resize((size, size)).save(photo)
+    for index in (0, 1):  # files of one size
+        scenes.picture("test", index)[0].save(photo)
         made += [embed.embed_photos(one, [photo], folder)[0] for one in clips]
     assert len({str(embedding.tolist()) for embedding in made}) == 6
-    assert not torch.equal(*(embed.embed_texts(clip, [text], folder) for text in "ab"))
+    assert len({str(embed.embed_texts(one, [text], folder).tolist()) for one in clips[::2] for text in "ab"}) == 4
     monkeypatch.setattr(type(clip.model), "encode_image", None)
     assert torch.equal(embed.embed_photos(clip, [photo], folder)[0], made[3])
 
@@ -158,8 +141,7 @@ def test_damaged_and_unwritable_caches(clip, tmp_path, capsys):
         file.write_bytes(content)
         assert torch.equal(embed.embed_texts(clip, TEXTS, tmp_path / "cache"), first)
         assert "made anew" in capsys.readouterr().err and torch.equal(load_file(file)["embeddings"], first)
-    assert torch.equal(embed.embed_texts(clip, TEXTS, file / "under"), first)
-    assert "not written, going on without" in capsys.readouterr().err
+    assert torch.equal(first, embed.embed_texts(clip, TEXTS, file / "x")) and "not written" in capsys.readouterr().err
 
 
 def test_several_processes_share_the_blocks(clip, tmp_path, monkeypatch):
@@ -177,8 +159,7 @@ def test_several_processes_share_the_blocks(clip, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["ViT-B-61"], "ViT-B-61: open_clip has no .*try ViT-B-16"), (["scene"], "try scenes"),
-    (["ViT-B-16-SigLIP"], "no OpenAI-style"), (["roberta-ViT-B-32"], "no OpenAI-style"),
-    (["convnext_base"], "no OpenAI-style"), (["coca_ViT-B-32"], "no OpenAI-style"),
+    *(([name], "no OpenAI-style") for name in ("ViT-B-16-SigLIP", "roberta-ViT-B-32", "convnext_base", "coca_base")),
     (["small-ViT", "laion"], "--pretrained laion: no file, and open_clip has no such weights of small-ViT"),
     (["small-ViT", "none", "cpu", "fp32", 100], "--resolution 100: must be a positive multiple of 16"),
     (["small-ResNet", "none", "cpu", "fp32", -32], "--resolution -32: must be a positive multiple of 32")])
@@ -187,23 +168,25 @@ def test_refuses(towers, words, message):
         embed.load_clip(*words)
 
 
+Code = type("Code", (), {"__reduce__": lambda self: (os.mkdir, ("ran",))})  # a pickle that runs code when it is read
 WRONG_FILES = {
     "an empty file": lambda path, state: path.write_bytes(b""),
     "a web page, not weights": lambda path, state: path.write_text("\n<!DOCTYPE html><html>not found</html>"),
     "damaged, cut short": lambda path, state: (torch.save(state, path), path.write_bytes(path.read_bytes()[:50000])),
-    "or no weights file": lambda path, state: torch.save(torch.nn.Linear(2, 2), path),  # a pickle that would run code
+    "or no weights file": lambda path, state: torch.save(Code(), path),
     "a TorchScript archive": lambda path, state: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path),
     "not finite .in logit_scale": lambda path, state: torch.save({**state, "logit_scale": torch.tensor(np.nan)}, path),
-    "Missing key": lambda path, state: torch.save({"text_projection": state["text_projection"]}, path),
     "size mismatch for ln_final": lambda path, state: torch.save({**state, "ln_final.bias": torch.zeros(3)}, path)}
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 @pytest.mark.parametrize("message", WRONG_FILES)
-def test_wrong_weights_are_one_line_that_says_what_they_are(towers, tmp_path, message):
+def test_wrong_weights_are_one_line_that_says_what_they_are(towers, tmp_path, monkeypatch, message):
+    monkeypatch.chdir(tmp_path)
     WRONG_FILES[message](tmp_path / "weights.pt", load_file(towers["small-ViT"]))
     with pytest.raises(UsageError, match=f"^weights .*weights.pt: .*{message}.*; take the .safetensors.*$"):
         embed.load_clip("small-ViT", str(tmp_path / "weights.pt"))
+    assert os.listdir() == ["weights.pt"]
 
 
 def test_weights_that_are_not_on_this_machine(tmp_path, monkeypatch):

