@@ -46,7 +46,7 @@ import run  # first, so that Ctrl-C while torch is imported ends in one line
 # isort: split
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -516,6 +516,8 @@ def predict(config, adapter, names, clip, device, folder):
 def recorded(config, argv, settings, device, began, inputs, runs, zero_shot_map, finished):
     """metrics.json: every seed at the first strength is the main setting."""
     chosen = [one for one in runs if one["noise_std"] == config.noise_std[0]]
+    if config.features:
+        config = replace(config, dataset=Path(config.features).stem)
     return run.record("rp", config, argv, settings, device, time.time() - began, inputs.names, inputs.image_labels,
                       runs, chosen, finished, backbone=inputs.encoder, zero_shot_mAP=zero_shot_map,
                       policy=inputs.policy, texts=inputs.texts_from, text_count=len(inputs.text_labels))
@@ -533,7 +535,8 @@ def train_and_score(config, argv, device):
     if run.part():  # under torchrun embedding is shared out; the adapter learns in the first process
         return None
     runs = [{"seed": seed, "noise_std": std} for seed in config.seed for std in config.noise_std]
-    run.begin(folder, config.overwrite, recorded(config, argv, settings, device, began, inputs, runs, None, False))
+    if result is None:
+        run.begin(folder, recorded(config, argv, settings, device, began, inputs, runs, None, False))
     adapter, log = train(config, inputs, device, folder)
     zero_shot_map = None
     if inputs.image_labels is not None:
@@ -562,7 +565,7 @@ def use_checkpoint(config, argv, device):
     run.check_fits(path, metadata, own_names, encoder, encoder_key)
     width = tensors["w1" if config.adapter == "mlp" else "w2"].shape[1]
     adapter = Adapter(width, len(names), [0], config.adapter, config.head)
-    run.fill(adapter.of_run(0), tensors, path)
+    run.use_weights(path, adapter.of_run(0), tensors)
     adapter = adapter.to(device)
     if config.predict:
         predict(config, adapter, names, clip, device, folder)

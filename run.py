@@ -213,7 +213,8 @@ def read_result(path):
     def read(path):
         result = json.loads(path.read_text("utf-8"))
         forms = (("settings", dict), ("runs", list), ("finished", bool))
-        if not all(isinstance(result[name], form) for name, form in forms):
+        fits = all(isinstance(result[name], form) for name, form in forms)
+        if not fits or not all("seed" in one for one in result["runs"]):
             raise ValueError("not the form that a run writes")
         return result
     return data.read_stored(path, "result", read, "delete it, or add --overwrite to begin anew")
@@ -237,9 +238,9 @@ def open_folder(config, folder, settings):
     return result, lock
 
 
-def begin(folder, overwrite, result):
-    """Just before training: --overwrite drops what was there, and the folder becomes this run's. result: the record."""
-    if RANK == 0 and overwrite:
+def begin(folder, result):
+    """Just before training: the folder becomes this run's, and what another one left there goes. result: the record."""
+    if RANK == 0:
         for name in ("metrics.json", "resume.pt", "checkpoint.safetensors", "log.jsonl"):
             (folder / name).unlink(missing_ok=True)
     write_result(folder, result)
@@ -259,14 +260,19 @@ def write_result(folder, result, log=()):
 
 
 # --- resume and checkpoint --------------------------------------------------------------------------------------------
-def fill(tensors, stored, path):
-    """Copy stored {name: tensor} into tensors of the same names and shapes. Raises UsageError."""
+def fill(tensors, stored):
+    """Copy stored {name: tensor} into tensors of the same names and shapes. Raises ValueError."""
     shapes = [{name: tuple(tensor.shape) for name, tensor in some.items()} for some in (tensors, stored)]
     if shapes[0] != shapes[1]:
-        raise UsageError(f"{path}: its tensors do not fit its settings; it was written by another version")
+        raise ValueError("its tensors do not fit its settings")
+    if bad := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"its {bad[0]} is not finite")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
+
+
+OWN_CHECKPOINT = "pass a checkpoint.safetensors that this script wrote"
 
 
 def save_resume(path, key, tensors, optimiser, log):
@@ -279,10 +285,13 @@ def load_resume(path, key, tensors, optimiser):
     """Copy what save_resume kept for this key into tensors and optimiser -> log, one entry an epoch done, [] if nothing
     was kept. Raises UsageError for a damaged file."""
     def read(path):
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception:  # torch raises many kinds, and advises to load what must not be loaded
+            raise ValueError("is damaged") from None
         if state["key"] != key:
             return []
-        fill(tensors, state["tensors"], path)
+        fill(tensors, state["tensors"])
         optimiser.load_state_dict(state["optimiser"])
         return list(state["log"])
     if not path.is_file():
@@ -306,12 +315,16 @@ def read_checkpoint(path, method):
         with safe_open(str(path), "pt") as stored:
             metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
-        if metadata.get("method") != method or {"names", "settings", "encoder", "encoder_key"} - set(metadata):
+        forms = (("names", list), ("settings", dict), ("encoder", str), ("encoder_key", str))
+        if metadata.get("method") != method or not all(isinstance(metadata[name], form) for name, form in forms):
             raise ValueError("it holds no model of this script")
-        if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"its {bad[0]} is not finite")
         return tensors, metadata
-    return data.read_stored(path, "checkpoint", read, "pass a checkpoint.safetensors that this script wrote")
+    return data.read_stored(path, "checkpoint", read, OWN_CHECKPOINT)
+
+
+def use_weights(path, tensors, stored):
+    """fill, with what a checkpoint held. Raises UsageError."""
+    data.read_stored(path, "checkpoint", lambda _: fill(tensors, stored), OWN_CHECKPOINT)
 
 
 def as_trained(config, path, settings):
@@ -333,8 +346,8 @@ def check_fits(path, metadata, names, encoder, encoder_key):
     """A checkpoint is used with its own labels in their order, and with its own encoder. Raises UsageError."""
     if names != metadata["names"]:
         pairs = enumerate(zip(metadata["names"], names, strict=False), 1)
-        other = [f"label {number} is '{there}' there, '{here}' here" for number, (there, here) in pairs
-                 if there != here]
+        other = [f"label {number} is '{there}' there and '{here}' here"
+                 for number, (there, here) in pairs if there != here]
         other.append(f"it has {len(metadata['names'])} labels, not {len(names)}")
         raise UsageError(f"checkpoint {path}: trained for other labels or another order of them ({other[0]}); pass the "
                          "--dataset and --labels it was trained with")

