@@ -104,7 +104,7 @@ def hold(path, what):
     held = read_stored(path, what, open_to_write, "choose another folder")
     try:
         import fcntl
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which forked workers do not inherit
     except BlockingIOError:
         held.close()
         raise UsageError(f"{what}: another run is writing it; wait for it, or choose another folder") from None
