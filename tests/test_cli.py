@@ -25,17 +25,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import embed
 import numpy as np
 import pytest
-import scenes
-import sspa  # noqa: F401 (what the forkserver shall have imported)
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from conftest import REPOSITORY
+import embed
+import scenes
+import sspa  # noqa: F401 (what the forkserver shall have imported)
 
 embed.import_open_clip()
 RP, SSPA = "adapter_rp.py", "sspa.py"

@@ -36,7 +36,7 @@ def test_files_stay_within_their_budgets(path):
 
 
 def test_the_whole_of_the_tests_stays_within_its_budget():
-    assert sum(len(lines_of(path)) for path in (REPOSITORY / "tests").glob("*.py")) <= 2400
+    assert sum(len(lines_of(path)) for path in (REPOSITORY / "tests").glob("*.py")) <= 2900
 
 
 def test_no_line_is_wider_than_120_characters():

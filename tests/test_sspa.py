@@ -374,7 +374,8 @@ CHANGED = {  # another value of every option that decides a result
     "dataset": "folder", "data_root": "{}/b", "policy": "split_seed=1", "labels": "{}/labels.txt", "limit": "16",
     "backbone": "tiny-ViT", "pretrained": "none", "resolution": "96", "precision": "bf16", "lr": "2e-3", "epochs": "3",
     "batch_size": "12", "seed": "1", "impl": "reference", "gamma_neg": "1", "clip": "0.1", "loss": "bce",
-    "features": "{}/features.npz", "texts": "{}/texts.txt", "text_count": "50", "noise_law": "uniform", "noise_std": "0.2",
+    "features": "{}/features.npz", "texts": "{}/texts.txt", "text_count": "50",
+    "noise_law": "uniform", "noise_std": "0.2",
     "normalize": "", "adapter": "linear", "head": "label-embedding", "descriptions": "{}/descriptions.json",
     "tune_image": "full", "context_length": "3", "attention_scale": "5", "no_dsf": "", "fusion": "sum", "ema": "0.1",
     "quaternion_layers": "1", "alignment": "v-to-s", "no_gate": "", "aggregator": "mean", "temperature": "0.2",
@@ -410,7 +411,7 @@ def test_every_marked_constant_changes_something(cache, script, name):
 
 
 def test_nothing_else_changes_anything(monkeypatch, cache):
-    """A command line gives the same to the last bit, which the tests above rest on. With all ablations the full method's
+    """A command line gives the same to the last bit, on which the tests above rest. With all ablations the full method's
     result is the same, no two score alike, losses fall. Beyond CACHE_LIMIT only half precision is lost."""
     for script, usual in USUAL.items():
         words = f"{usual} --cache {cache}"
