@@ -411,7 +411,7 @@ def test_every_marked_constant_changes_something(cache, script, name):
 
 
 def test_nothing_else_changes_anything(monkeypatch, cache):
-    """A command line gives the same to the last bit, on which the tests above rest. With all ablations the full method's
+    """A command line gives the same to the last bit, as the tests above assume. With all ablations the full method's
     result is the same, no two score alike, losses fall. Beyond CACHE_LIMIT only half precision is lost."""
     for script, usual in USUAL.items():
         words = f"{usual} --cache {cache}"
