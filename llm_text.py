@@ -244,7 +244,8 @@ def append(path, entry):
 
 
 def cut_back(path, lines=None):
-    """Leaves a file its first `lines` lines; None: all whole ones, so that a line torn by a kill goes."""
+    """Leaves a file, made if missing, its first `lines` lines; None: the whole ones, so that a torn last one goes."""
+    path.touch()
     content = path.read_bytes()
     os.truncate(path, sum(len(line) + 1 for line in content.split(b"\n")[:-1][:lines]))
 
@@ -252,9 +253,9 @@ def cut_back(path, lines=None):
 def read_beside(path):
     """What stands beside the texts -> (settings, [(first label asked for, sentences kept, reasons of rejection)])"""
     def read(path):
-        first, *records = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        first, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
         return dict(first["settings"]), [
-            (one["asked"][0], one["kept"] + 0, [no["why"].split(":")[0] for no in one["rejected"]]) for one in records]
+            (row["asked"][0], row["kept"] + 0, [text["why"].split(":")[0] for text in row["rejected"]]) for row in rows]
     return data.read_stored(path, "record of requests", read, "move it and the texts away, or add --overwrite")
 
 
@@ -264,7 +265,7 @@ def begin(options, **settings):
         settings[name] = getattr(options, name)
     if options.overwrite:
         options.out.unlink(missing_ok=True)
-        os.truncate(options.beside, 0)
+        options.beside.unlink(missing_ok=True)
     cut_back(options.beside)
     if not options.beside.stat().st_size:
         append(options.beside, {"settings": settings})
@@ -292,7 +293,6 @@ def sentences(names, synonyms, options, ask_model=None):
     prompt = sentence_request(["{label}", "{label}"], options.per_request, options.instruction)
     prompt = prompt if ask_model else [ADJECTIVES, PLACES, PATTERNS]
     records = begin(options, prompt=prompt, labels=names, synonyms=synonyms)
-    options.out.touch()
     cut_back(options.out)
     nothing = [], np.zeros((0, len(names)), np.int8)
     texts, labels = data.read_texts(options.out, names) if options.out.stat().st_size else nothing
@@ -476,7 +476,7 @@ def main(argv=None):
                 raise UsageError(f"{options.out}: not made by this command; choose another --out, or add --overwrite")
             options.model, ask = connect(options) if options.llm != "template" else ("grammar, no language model", None)
             say(f"{options.job} by {options.model}")
-            with data.hold(options.beside, options.out):
+            with data.hold(options.out.with_name(f".{options.out.name}.lock"), options.out):
                 job = sentences if options.job == "sentences" else descriptions
                 held = job(names, synonyms, options, ask)
             if not held:

@@ -46,12 +46,11 @@ it:
     D11 --lr 5e-5 --image-lr-factor 0.1 --ema 0.9997, WEIGHT_DECAY    AdamW, averaged weights [author]; --prompt-lr 1e-3
                               cosine to 0 after WARM_UP of the steps, warm-up of the average min(ema, (1+t)/(10+t)), one
                               weight decay for all tensors; on scenes --lr 6e-3                                 [choice]
-    D12 --epochs 20 --batch-size 64    what does not fill a batch waits for the next epoch's order              [choice]
+    D12 --epochs 20 --batch-size 64    what does not fill a batch is left out of that epoch                     [choice]
     D13 --tune-image full, CROP_SCALE    the figure shows no lock on the image encoder; BatchNorm statistics are CLIP's,
                               random crops and flips only then, frozen region features in half precision        [choice]
     D14 unit length           x0, X, T_ka, E_ca, T_ca, T_uf are normalised before DSF, QSM and GDMA             [choice]
-Plain in both implementations, because nothing was gained: DSF (its prompts are projected once a batch as it is), the
-quaternion layers after the first (all four components vary with image and label), KAP, the global branch (one product).
+Plain in both implementations, because nothing was gained: DSF, KAP (computed once) and the global branch (one product).
 """
 import run  # first, so that Ctrl-C while torch is imported ends in one line
 
@@ -163,6 +162,8 @@ def knowledge_texts(clip, names, descriptions):
     if shortened:
         say(f"{len(shortened)} descriptions cut to {clip.tokenizer.context_length} tokens: {', '.join(shortened[:10])}")
     return texts
+
+
 # --- SSPA: CAP and the global prompts, through the frozen text encoder ------------------------------------------------
 def encode_prompts_reference(model, contexts, tokens):
     """Text features of prompts whose words after the start token are learnable vectors, shared by all labels.  [figure]
@@ -223,8 +224,7 @@ def dynamic_semantic_filtering(prompt_features, region_features, weight, bias, s
     """Prompts filtered by the image: every label gathers the regions its prompt asks for.  [figure; scale: choice D4]
 
     A = softmax_M(scale * Linear(E_ca) X^T), T_ca = A X; the linear layer is on the text side only, key = value = X.
-    prompt_features: [C, d]; region_features: [B, M, d]; weight: [d, d]; bias: [d]; scale: scalar
-    -> (T_ca [B, C, d], A [B, C, M])
+    prompt_features: [C, d]; region_features: [B, M, d]; weight: [d, d]; bias: [d] -> (T_ca [B, C, d], A [B, C, M])
     """
     attention = torch.softmax(scale * (prompt_features @ weight + bias) @ region_features.mT, -1)
     return attention @ region_features, attention
@@ -233,8 +233,7 @@ def dynamic_semantic_filtering(prompt_features, region_features, weight, bias, s
 # --- SSPA: QSM --------------------------------------------------------------------------------------------------------
 def hamilton_strips(R, I, J, K):  # noqa: E741 (the product's own letters)
     """What x_r, x_i, x_j, x_k are multiplied by: a strip [n, 4 m] each, for y_r, y_i, y_j, y_k in turn."""
-    strips = (R, I, J, K), (-I, R, K, -J), (-J, -K, R, I), (-K, J, -I, R)
-    return [torch.cat(strip, 1) for strip in strips]
+    return [torch.cat(strip, 1) for strip in ((R, I, J, K), (-I, R, K, -J), (-J, -K, R, I), (-K, J, -I, R))]
 
 
 def quaternion_linear_reference(components, r_weight, i_weight, j_weight, k_weight, bias=None):
@@ -281,8 +280,7 @@ def quaternion_init(fan_in, fan_out, generator):
 
 
 # --- SSPA: GDMA -------------------------------------------------------------------------------------------------------
-class GatedAttention(NamedTuple):
-    """The weights of one direction; every matrix multiplies from the right."""
+class GatedAttention(NamedTuple):  # the weights of one direction; every matrix multiplies from the right
     query: torch.Tensor          # [d, d]
     key: torch.Tensor            # [d, d]
     value: torch.Tensor          # [d, d]
@@ -311,7 +309,7 @@ def gated_attention_fused(x, context, w):
         a = attention @ context @ w.value
         a_gate = a @ w.gate_attended if gated else None
     else:  # many ask few: those who are asked carry them
-        attention = torch.softmax(w.scale * x @ (context @ w.key @ w.query.mT).mT, -1)
+        attention = torch.softmax(x @ (w.scale * context @ w.key @ w.query.mT).mT, -1)
         value = context @ w.value
         a = attention @ value
         a_gate = attention @ (value @ w.gate_attended) if gated else None
@@ -464,7 +462,7 @@ class _SoftAggregateLoss(torch.autograd.Function):
             d_scale += (dz * s).sum()
             d_bias += dz.sum()
             # d s / d cosine = weight * (1 + (cosine - s) / temperature), since s = sum of weight * cosine, and of the
-            # softmax d weight_n / d cosine_m = weight_n ([n = m] - weight_m) / temperature
+            # softmax d weight_n / d cosine_m = weight_n ([n = m] - weight_m) / temperature; d loss / d s = scale * dz
             d_cosine = (cosine - s[..., None]).div_(temperature).add_(1).mul_(weight).mul_((scale * dz)[..., None])
             # cosine = t x / (|t| |x|), so d cosine / d t = x / (|t| |x|) - cosine t / |t|^2: the norm costs a
             # projection (what lies along t only changes its length); likewise for x
@@ -523,7 +521,7 @@ class SSPA(nn.Module):
         self.asymmetric_loss = asymmetric_loss_fused if fused else asymmetric_loss_reference
         self.aggregate = soft_aggregate_fused if fused else soft_aggregate_reference
         self.aggregate_loss = soft_aggregate_loss_fused if fused else soft_aggregate_loss_reference
-        # the ablations are its limits: with a hot softmax all regions count the same, with a cold one the highest alone
+        # the aggregator's ablations are its limits: a hot softmax weighs all regions alike, a cold one only the highest
         self.temperature = {"soft": config.temperature, "mean": 1e9, "max": 1e-9}[config.aggregator]
         self.register_buffer("tokens", labels.tokens, persistent=False)
         self.register_buffer("knowledge", F.normalize(labels.knowledge, dim=-1), persistent=False)
@@ -560,6 +558,7 @@ class SSPA(nn.Module):
         self.global_log_scale, self.regional_log_scale = (nn.Parameter(torch.tensor(math.log(SCALE))) for _ in range(2))
         self.global_bias, self.regional_bias = (nn.Parameter(torch.tensor(0.0)) for _ in range(2))
         self.eval()  # BatchNorm statistics stay CLIP's  [choice D13]
+
     def prompts(self):
         """-> T_g of the global branch, E_ca of CAP, each [C, d] of unit length"""
         return F.normalize(self.encode_prompts(self.clip, self.contexts, self.tokens), dim=-1)
@@ -706,6 +705,8 @@ def batches_of(config, clip, photos, batches, augment=None):
         with embed.autocast(device, config.precision):
             x0, X = image_features(clip.model.visual, images.to(device))
         yield x0, X, torch.where(readable[:, None], photos.labels[rows], -1).to(device)
+
+
 # --- train ------------------------------------------------------------------------------------------------------------
 def set_biases(config, clip, model, photos, device):
     """Each branch's bias, so that the sigmoid of the mean logit of the first photos is PRIOR.  [choice D9]"""
@@ -724,6 +725,8 @@ def optimiser_of(config, model):
         peak = config.prompt_lr if name == "contexts" else config.lr * factor
         groups.setdefault(peak, {"params": [], "peak": peak})["params"].append(parameter)
     return torch.optim.AdamW(groups.values(), lr=config.lr, weight_decay=WEIGHT_DECAY, fused=config.impl == "fused")
+
+
 def warm_up_then_cosine(step, total_steps):
     return min(1, (step + 1) / max(1, WARM_UP * total_steps)) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
@@ -744,7 +747,7 @@ def train(config, clip, inputs, seed, device, folder, title):
     state = learned | {f"average of {name}": average for name, average in averages.items()}
     log = run.load_resume(folder / "resume.pt", title, state, optimiser)
     parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if run.WORLD > 1 else model
-    steps = count // batch_size  # the rest of an epoch's order waits for another epoch  [D12]
+    steps = count // batch_size  # the rest of an epoch's order is left out  [D12]
     total_steps, step, save_at = config.epochs * steps, len(log) * steps, time.time()
     bar = tqdm(initial=step, total=total_steps, desc=f"training {title}", unit="step", disable=config.quiet or None)
     for epoch in range(len(log), config.epochs):
@@ -774,7 +777,6 @@ def train(config, clip, inputs, seed, device, folder, title):
                                f"{config.lr:g}) or --prompt-lr (now {config.prompt_lr:g})")
         seconds = round(time.time() - began, 3)
         log.append({"run": title, "epoch": epoch + 1, "loss": float(epoch_loss), "seconds": seconds})
-        bar.set_postfix(loss=f"{float(epoch_loss):.3f}")
         if run.RANK == 0 and time.time() >= save_at and epoch + 1 < config.epochs:
             began = time.time()
             run.save_resume(folder / "resume.pt", title, state, optimiser, log)
@@ -806,9 +808,11 @@ def evaluate(config, clip, model, inputs, device):
     """-> dict for metrics.json: what run.measure gives, and the mAP of each branch that is on"""
     scores, global_logits, regional_logits, _ = score(config, clip, model, inputs.test, device)
     truth, logits = inputs.test.labels.numpy(), {"global": global_logits, "regional": regional_logits}
-    on = ("global", "regional") if config.branches == "both" else (config.branches,)
+    on = [branch for branch in logits if config.branches in ("both", branch)]
     of_branches = {f"mAP_{branch}": metrics.mean_average_precision(logits[branch], truth) for branch in on}
     return run.measure(scores, scores, truth) | of_branches
+
+
 # --- predict and explain ----------------------------------------------------------------------------------------------
 def predict(config, clip, model, names, device, folder):
     """Tags photos: one JSON line a photo on stdout, and a contact sheet in the folder."""
@@ -824,11 +828,8 @@ def predict(config, clip, model, names, device, folder):
 
 @torch.no_grad()
 def explain(config, clip, model, names, device, folder):
-    """Where the strongest labels were seen: one picture a photo in folder/explain, its path on stdout.
-
-    A row a label: its similarity to every region after GDMA, and the attention by which DSF filtered its prompt; beside
-    them the photo as CLIP saw it (centre crop) and the S-to-V gate averaged over channels.
-    """
+    """Where the strongest labels were seen: a picture a photo in folder/explain, its path on stdout. A row a label: its
+    similarity to every region after GDMA, and DSF's attention; beside them the S-to-V gate averaged over channels."""
     paths, drawn = [photo for path in config.explain for photo in data.list_photos(path)], 0
     decoded = embed.decoded(clip, paths, [[row] for row in range(len(paths))], config.workers)
     for path, (images, readable) in zip(paths, decoded, strict=True):
@@ -929,10 +930,8 @@ def use_checkpoint(config, argv, device):
 
 def main(argv):
     config = run.parse(Config, argv, "SSPA: split-and-synthesize prompting with gated alignments (arXiv 2407.20920).",
-                       "Tags: [paper] its abstract; [figure] its method figure; [author] other public code of its "
-                       "first author; [field] the closest public peers; [choice] ours, by the numbers of the "
-                       f"docstring, which maps the paper to the code. Ablations: {', '.join(ABLATIONS)}.")
-
+                       "Tags: [paper] abstract; [figure] its figure; [author] its author's other code; [field] peers; "
+                       f"[choice] ours, numbered in the docstring. Ablations: {', '.join(ABLATIONS)}.")
     if config.checkpoint and config.ablate is not None or config.explain and not config.checkpoint:
         raise UsageError("--explain looks into a trained model (--checkpoint FILE), and --ablate trains new ones")
     config = replace(config, lr=config.lr or (6e-3 if config.dataset == "scenes" else 5e-5),

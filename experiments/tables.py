@@ -205,10 +205,8 @@ def tables_of(runs, papers):
 # --- tables as pages and pictures -------------------------------------------------------------------------------------
 
 def shown(cell):
-    if isinstance(cell, Missing):
-        return textwrap.shorten(cell, 80, placeholder=" ...")
     if not isinstance(cell, Number):
-        return str(cell)
+        return textwrap.shorten(cell, 80, placeholder=" ...") if isinstance(cell, Missing) else str(cell)
     text = format(cell.mean, ",.0f" if cell.mean > 100 else ".2f")
     return text if cell.std is None else f"{text} ± {cell.std:.2f}"
 
@@ -259,14 +257,16 @@ def write_docs(runs, papers):
 
 def demo(folder):
     """The table of `bash run_all.sh demo`, on stdout."""
-    rp, sspa = (read_run(folder / method / "metrics.json") for method in ("rp", "sspa"))
-    print(f"\nscenes: {sspa['tested on']}\n± over {len(rp['seeds'])} (RP) and {len(sspa['seeds'])} (SSPA) seeds\n\n"
-          f"{'':<28}{'learnt from':<28}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}\n"
-          f"{'zero-shot CLIP (cosine)':<28}{'nothing':<28}{sspa['numbers']['none']['zero-shot mAP'][0]:8.2f}")
-    rows = ("RP, no noise", rp, "0"), ("RP, noise 0.15", rp, "0.15"), ("SSPA, image tower frozen", sspa, "none")
-    for label, run, setting in rows:
-        (score, std), (cf1, _), (of1, _) = (run["numbers"][setting][metric] for metric in ("mAP", "CF1", "OF1"))
-        print(f"{label:<28}{run['trained on']:<28}{score:8.2f} ±{std:4.2f}{cf1:8.1f}{of1:8.1f}")
+    rp, sspa = (data.read_json(folder / method / "metrics.json", "result") for method in ("rp", "sspa"))
+    print(f"\nscenes: {sspa['photo_count']:,} test pictures, {sspa['label_count']} labels, toy CLIP; ± over "
+          f"{len(rp['seeds'])} (RP) and {len(sspa['seeds'])} (SSPA) seeds\n\n{'':<28}{'learnt from':<28}{'mAP %':>14}"
+          f"{'CF1 %':>8}{'OF1 %':>8}\n{'zero-shot CLIP (cosine)':<28}{'nothing':<28}{sspa['zero_shot_mAP']:8.2f}")
+    texts, photos = f"{rp['text_count']:,} sentences", f"{sspa['train_count']:,} labelled pictures"
+    rows = [(label, texts, [run for run in rp["runs"] if run["noise_std"] == noise])
+            for label, noise in (("RP, no noise", 0), ("RP, noise 0.15", 0.15))]
+    for label, learnt, runs in [*rows, ("SSPA, image tower frozen", photos, sspa["runs"])]:
+        score, cf1, of1 = ([reduce(dict.get, METRICS[title], run) for run in runs] for title in ("mAP", "CF1", "OF1"))
+        print(f"{label:<28}{learnt:<28}{mean(score):8.2f} ±{stdev(score):4.2f}{mean(cf1):8.1f}{mean(of1):8.1f}")
     print(f"\npictures: {folder}/rp/predictions.png, {folder}/sspa/predictions.png   (what each says of 12 pictures)\n"
           f"          {folder}/sspa/explain/*.png   (where SSPA saw it)      more: {folder}/{{rp,sspa}}/metrics.json")
 

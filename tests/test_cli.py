@@ -219,7 +219,6 @@ REFUSED = {  # why somebody types it, words, what the answer must hold
     SSPA: [("no softness", "--temperature 0", "must be above 0"), ("a file", "--output {f}/few.txt/x", "{f}/few.txt"),
            ("for ever", "--ema 1", "and below 1"), ("misspelt", "--ablate 'no DFS'", "'knowledge prompts only'"),
            ("no room for labels", "--context-length 38", "--context-length 38: this CLIP reads 40 tokens"),
-           ("one on another", "--ablate 'no gate' --fusion sum", "leave --fusion out"),
            ("all at once", "--explain {f}/photos", "--explain looks into a trained model (--checkpoint FILE)"),
            ("of a trained one", "--checkpoint {sspa} --ablate", "--ablate trains new ones"),
            ("renamed", "--no-descriptions", "now --descriptions none"), ("the other's", "--texts x", "s: --texts x"),

@@ -40,7 +40,7 @@ def run(command):
 
 def ask(server, more="", job="sentences", out=OUT):
     pytest.importorskip("openai")
-    return run(f"{job} --labels w.txt --llm {server.address} --out {out} --count 60 --concurrency 3 --timeout 0.5 "
+    return run(f"{job} --labels w.txt --llm {server.address} --out {out} --count 60 --concurrency 3 --timeout 9 "
                f"--retries 1 {more}")
 
 
@@ -135,7 +135,7 @@ def test_faults_that_stay(capsys, monkeypatch, fault, said):
     The key is sent, and stands in no file and no output."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     bad = FaultServer([None] * 4 + [fault] * 1000)
-    assert ask(bad) == 2
+    assert ask(bad, "--timeout 0.3" * (fault == "silence")) == 2
     told = capsys.readouterr().err
     assert re.fullmatch(f"sentences by tiny\nllm_text.py: --llm 127.0.0.1:{bad.server_port}.*\n", told) and said in told
     before = OUT.read_text()
@@ -276,13 +276,13 @@ def test_descriptions(capsys):
     assert len(found) == 4 and found["boat"].startswith("Boat is a thing with")
     assert "written by tiny" in stored["source"] and stored["prompt"].endswith("Q: {label}\nA:")
     Path("w.txt").write_text("dog\ncat\ntable\nboat\nlamp\nsun\n")
-    server.answer = lambda request: "A: Sun is a sun in the sky, often found with lamps."
+    server.answer, before = lambda request: "A: Sun is a sun in the sky, often found with lamps.", len(server.requests)
     for _ in range(2):
         assert ask(server, job="descriptions", out=out) == 0 and "description of sun;" in capsys.readouterr().err
     assert Path("d.rejected.jsonl").read_text().count("says the label twice") == 10
     assert json.loads(out.read_text())["descriptions"].keys() == {*found, "lamp"}
-    asked = {request["seed"]: request["messages"][-1]["content"] for request in server.requests[-10:]}
-    assert len(asked) == 10 and {*asked.values()} == {"Q: sun"}
+    asked = {(request["messages"][-1]["content"], request["seed"]) for request in server.requests[before:]}
+    assert [question for question, _ in sorted(asked)] == ["Q: lamp"] + ["Q: sun"] * 10
     for more in ("--model other", "--temperature 0.1"):
         assert ask(server, more, job="descriptions", out=out) == 2 and "was begun with" in capsys.readouterr().err
     for damage in ("[]", '{"descriptions": 7}', "{"):

@@ -82,7 +82,6 @@ def test_x0_is_encode_image_and_a_patch_is_seen_where_it_is(tmp_path, backbone, 
         torch.testing.assert_close(x0, clip.model.encode_image(images), rtol=1e-4, atol=1e-5)
     there = int((patch - plain).norm(dim=-1).argmax())
     assert there == row * side + column and len(patch) == side ** 2
-
     feature, words = F.normalize(patch[there], dim=0), torch.zeros(4, clip.model.token_embedding.embedding_dim)
     labels = sspa.Labels(["patch"], [""], clip.tokenizer(["X X X X patch."]), feature[None], words)
     config = replace(config_of("--fusion sum --alignment s-to-v"), explain=(tmp_path / "b.png",))
@@ -98,8 +97,8 @@ def test_x0_is_encode_image_and_a_patch_is_seen_where_it_is(tmp_path, backbone, 
     spots, count = scipy.ndimage.label(warmth > 0.98 * warmth.max())
     found = sorted(scipy.ndimage.center_of_mass(spots, spots, range(1, count + 1)), key=lambda place: place[1])
     pitch = pictures.TILE + pictures.GAP  # beside the photo similarity and DSF's map, two lines below it the gate's
-    expected = [[pitch + 40, 0], [0, pitch], [0, 2 * pitch]]
-    np.testing.assert_allclose(np.subtract(found, photo), expected, atol=pictures.TILE / side / 3)
+    near, expected = pictures.TILE / side / 3, [[pitch + 40, 0], [0, pitch], [0, 2 * pitch]]
+    np.testing.assert_allclose(np.subtract(found, photo), expected, atol=near)
 
 
 # --- KAP, CAP, DSF, QSM, GDMA -----------------------------------------------------------------------------------------
@@ -133,8 +132,7 @@ def test_prompts_fused_equal_reference_and_encode_text(backbone, sets, length, n
 
 
 def test_prompt_tokens_counted():
-    """Tokens through the two layers' feed-forward parts, COCO's labels: all 40 positions of each label, against
-    1 + L + C (longest - 1 - L) a set in the first and one a label in the last."""
+    """Tokens through the two layers, COCO's labels: 40 C in each; 1 + L + C (longest - 1 - L), then C in the last."""
     clip, counted, contexts = load("scenes"), [], leaf(2, 4, 96, dtype=torch.float32)
     tokens = clip.tokenizer([f"X X X X {name}." for name in data.label_names("coco2014")])
     for block in clip.model.transformer.resblocks:
@@ -252,8 +250,7 @@ def test_soft_aggregate_fused_equals_reference(monkeypatch, block, B, C, M, d, t
 @pytest.fixture(scope="module")
 def clip64():
     clip = load("scenes")
-    clip.model.double()
-    return clip
+    return clip._replace(model=clip.model.double())
 
 
 def model_of(clip64, **changes):
@@ -327,7 +324,6 @@ def test_what_learns_and_how_fast():
 
 
 def loaded(words):
-    """-> (config, clip, inputs), as train wants them"""
     config, clip = config_of(words), load("scenes")
     return config, clip, sspa.load_inputs(config, clip, sspa.labels_of(config, clip, sspa.names_of(config)))
 
@@ -373,10 +369,9 @@ def test_a_thousand_pictures_beat_zero_shot(cache, tmp_path):
 CHANGED = {  # another value of every option that decides a result
     "dataset": "folder", "data_root": "{}/b", "policy": "split_seed=1", "labels": "{}/labels.txt", "limit": "16",
     "backbone": "tiny-ViT", "pretrained": "none", "resolution": "96", "precision": "bf16", "lr": "2e-3", "epochs": "3",
-    "batch_size": "12", "seed": "1", "impl": "reference", "gamma_neg": "1", "clip": "0.1", "loss": "bce",
-    "features": "{}/features.npz", "texts": "{}/texts.txt", "text_count": "50",
-    "noise_law": "uniform", "noise_std": "0.2",
-    "normalize": "", "adapter": "linear", "head": "label-embedding", "descriptions": "{}/descriptions.json",
+    "batch_size": "12", "seed": "1", "impl": "reference", "gamma_neg": "1", "clip": "0.1", "texts": "{}/texts.txt",
+    "features": "{}/features.npz", "text_count": "50", "noise_law": "uniform", "noise_std": "0.2", "normalize": "",
+    "adapter": "linear", "head": "label-embedding", "loss": "bce", "descriptions": "{}/descriptions.json",
     "tune_image": "full", "context_length": "3", "attention_scale": "5", "no_dsf": "", "fusion": "sum", "ema": "0.1",
     "quaternion_layers": "1", "alignment": "v-to-s", "no_gate": "", "aggregator": "mean", "temperature": "0.2",
     "branches": "regional", "regional_weight": "2", "prompt_lr": "0.01", "image_lr_factor": "1", "ablate": "'no gate'"}

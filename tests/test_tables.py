@@ -161,5 +161,5 @@ def test_help_mistakes_and_the_demos_table(run_all, tmp_path, capsys):
     write_run(tmp_path, "sspa", [("none", 67.0), ("none", 68.0)])
     tables.main(["--demo", str(tmp_path)])
     lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
-    assert {"zero-shot CLIP (cosine) nothing 50.25", "RP, noise 0.15 8,000 texts 64.50 ±0.71 64.5 64.5",
-            "SSPA, image tower frozen 5,011 photos, 20 epochs 67.50 ±0.71 67.5 67.5"} < lines
+    assert {"zero-shot CLIP (cosine) nothing 50.25", "RP, noise 0.15 8,000 sentences 64.50 ±0.71 64.5 64.5",
+            "SSPA, image tower frozen 5,011 labelled pictures 67.50 ±0.71 67.5 67.5"} < lines
