@@ -193,7 +193,7 @@ def tables_of(runs, papers):
         "rp-law": Table("RP: law of the noise, mAP", *grid(runs, "rp", [("", "")], [(*law, "mAP") for law in laws])),
         "rp-texts": Table("RP: number of texts, as many steps for each, mAP", titles, noisy + plain, x=TEXT_COUNTS),
         "rp-cost": Table("RP: cost of a training step against the number of labels", labels, costs,
-                         "Prompt tuning in TaI-DPT's form through ViT-B-32's frozen text encoder, on the CPU; the same "
+                         "Prompt tuning in TaI-DPT's form, through ViT-B-32's text encoder, on the CPU; the same "
                          "batch of 512 and the same loss."),
         "sspa-main": Table("SSPA: the full method", *grid(runs, "sspa", towers, [
             (title, "", "none", title) for title in ("zero-shot mAP", *METRICS)])),
