@@ -80,16 +80,17 @@ def _f1(precision, recall):
 def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     """Per-class and overall precision, recall and F1, in percent.
 
-    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores >= threshold, or, if top_k is given, the
+    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores > threshold, or, if top_k is given, the
     top_k highest of each image (ties: the lower label index first). Ignored entries count nowhere.
-    Returns dict CP CR CF1 OP OR OF1. CP: mean over classes of TP/(TP+FP), 0 where nothing is predicted; CR: mean of
-    TP/(TP+FN), over the classes with a positive. Classes ignored everywhere are left out. CF1: harmonic mean of CP and
-    CR. OP, OR, OF1: of the sums. Raises ValueError on bad shapes or values, or top_k outside 1..C.
+    Returns dict CP CR CF1 OP OR OF1. CP, CR: means over classes of TP/(TP+FP) and TP/(TP+FN), 0 where undefined, as in
+    RAM's public code; classes ignored everywhere are left out. CF1: harmonic mean of CP and CR, which is not the macro
+    F1 of scikit-learn or torchmetrics (a mean of F1s). OP, OR, OF1: of the sums. Raises ValueError on bad shapes or
+    values, or top_k outside 1..C.
     """
     scores, labels = _check(scores, labels)
     classes = scores.shape[1]
     if top_k is None:
-        predicted = scores >= threshold
+        predicted = scores > threshold
     else:
         if not 1 <= top_k <= classes:
             raise ValueError(f"top_k must lie in 1..{classes}, got {top_k}")
@@ -98,10 +99,9 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     hit = (predicted & (labels == 1)).sum(0).astype(np.float64)
     claimed = (predicted & (labels >= 0)).sum(0).astype(np.float64)
     present = (labels == 1).sum(0).astype(np.float64)
-    defined = present > 0
     known = (labels >= 0).any(0)
-    CP = float((hit / np.maximum(claimed, 1))[known].mean()) if known.any() else float("nan")
-    CR = float((hit / np.maximum(present, 1))[defined].mean()) if defined.any() else float("nan")
+    CP, CR = (float((hit / np.maximum(counts, 1))[known].mean()) if known.any() else float("nan")
+              for counts in (claimed, present))
     OP = float(hit.sum() / claimed.sum()) if claimed.sum() else 0.0
     OR = float(hit.sum() / present.sum()) if present.sum() else float("nan")
     values = {"CP": CP, "CR": CR, "CF1": _f1(CP, CR), "OP": OP, "OR": OR, "OF1": _f1(OP, OR)}
@@ -118,7 +118,7 @@ def attribute_metrics(scores, labels, threshold=0.5):
     """
     scores, labels = _check(scores, labels)
     present, absent = labels == 1, labels == 0
-    predicted = scores >= threshold
+    predicted = scores > threshold
     positives, negatives = present.sum(0), absent.sum(0)
     defined = (positives > 0) & (negatives > 0)
     true_positive_rate = (predicted & present).sum(0) / np.maximum(positives, 1)

@@ -6,6 +6,7 @@ import math
 import shlex
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapter_rp as rp
+import embed
 import run
 import sspa
 
@@ -71,10 +73,14 @@ def remove(monkeypatch, script, ending, but=""):
         monkeypatch.setattr(script, name, None)
 
 
+load_once = functools.cache(embed.load_clip)
+
+
 @functools.cache
 def outcome(script, words):
     """What a command line computes: learned tensors, every run's results, the zero-shot baseline, the losses."""
-    with tempfile.TemporaryDirectory() as folder:
+    load = embed.load_clip if "full" in words else load_once  # a tuned tower is another one afterwards
+    with tempfile.TemporaryDirectory() as folder, mock.patch("embed.load_clip", load):
         script.main([*shlex.split(words), "--cpu", "--quiet", "--workers", "0", "--output", folder])
         result = json.loads(Path(folder, "metrics.json").read_text())
         log, tensors = Path(folder, "log.jsonl").read_text(), load_file(Path(folder, "checkpoint.safetensors"))
@@ -148,8 +154,6 @@ def test_fused_keeps_an_eighth_at_two_thousand_labels():
     reference = saved_bytes(lambda: rp.classifier_loss_reference(*tensors, targets)) - inputs
     assert 8 * saved_bytes(lambda: rp.classifier_loss_fused(*tensors, targets)) < reference
 
-
-# --- random perturbation and adapter ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("law", ["gaussian", "uniform", "sphere", "none"])
 def test_noise_is_the_same_and_has_the_stated_size(law):

@@ -51,7 +51,8 @@ def test_f1_equals_sklearn():
     rng = np.random.default_rng(3)
     scores, labels = rng.random((300, 9)), (rng.random((300, 9)) < 0.25).astype(int)
     scores[:, 2] *= 0.4  # never predicted at 0.5
-    predicted = (scores >= 0.5).astype(int)
+    scores[:100, 4], labels[:, 5] = 0.5, 0  # exactly at the threshold is not above it; a class without a positive
+    predicted = (scores > 0.5).astype(int)
     CP, CR = (100 * f(labels, predicted, average="macro", zero_division=0) for f in (precision_score, recall_score))
     OP, OR, OF1 = (100 * f(labels, predicted, average="micro") for f in (precision_score, recall_score, f1_score))
     expected = {"CP": CP, "CR": CR, "CF1": 2 * CP * CR / (CP + CR), "OP": OP, "OR": OR, "OF1": OF1}
@@ -60,12 +61,12 @@ def test_f1_equals_sklearn():
 
 def test_f1_by_hand_with_ignored_and_top_k():
     """Two images, three labels; the -1 counts nowhere. Top 1: image 0 -> label 0 (right), image 1 -> label 1 (wrong).
-    Class 0: TP 1, claimed 1, present 1. Class 1: claimed 1, no positive: precision 0, recall undefined. Class 2:
+    Class 0: TP 1, claimed 1, present 1. Class 1: claimed 1, no positive: precision 0, recall undefined, 0. Class 2:
     present 1, never claimed; at 0.5 it is, and rightly."""
     scores, labels = np.array([[0.9, 0.8, 0.1], [0.2, 0.7, 0.6]]), np.array([[1, -1, 0], [0, 0, 1]])
     top, above = (metrics.multilabel_f1(scores, labels, **how).values() for how in ({"top_k": 1}, {"threshold": 0.5}))
-    assert [*top] == pytest.approx([100 / 3, 50, 40, 50, 50, 50])  # CP, CR, CF1, OP, OR, OF1
-    assert [*above] == pytest.approx([200 / 3, 100, 80, 200 / 3, 100, 80])
+    assert [*top] == pytest.approx([100 / 3, 100 / 3, 100 / 3, 50, 50, 50])  # CP, CR, CF1, OP, OR, OF1
+    assert [*above] == pytest.approx([200 / 3, 200 / 3, 200 / 3, 200 / 3, 100, 80])
     with pytest.raises(ValueError, match="top_k must lie in 1..3, got 4"):
         metrics.multilabel_f1(scores, labels, top_k=4)
 

@@ -328,10 +328,6 @@ def loaded(words):
     return config, clip, sspa.load_inputs(config, clip, sspa.labels_of(config, clip, sspa.names_of(config)))
 
 
-def values(model):
-    return {name: parameter.detach() for name, parameter in model.learned().items()}
-
-
 def test_training_starts_at_the_prior_and_averages_the_weights(cache, tmp_path):
     """At the start the sigmoid of the mean logit is PRIOR. The model is the average of the weights after each of six
     steps, with decays of 1/10, 2/11, 3/12, and of --ema where that is less."""
@@ -345,11 +341,11 @@ def test_training_starts_at_the_prior_and_averages_the_weights(cache, tmp_path):
         {id(weight): weight.detach().clone() for group in optimiser.param_groups for weight in group["params"]}))
     model, _ = sspa.train(config, clip, inputs, 0, CPU, tmp_path, "")
     hook.remove()
-    expected = values(start)
+    found, expected = ({name: weight.detach() for name, weight in one.learned().items()} for one in (model, start))
     for decay, weights in zip((1 / 10, 2 / 11, 0.25, 0.25, 0.25, 0.25), after, strict=True):
         for name, parameter in model.learned().items():
             expected[name] = decay * expected[name] + (1 - decay) * weights[id(parameter)]
-    torch.testing.assert_close(values(model), expected)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_thousand_pictures_beat_zero_shot(cache, tmp_path):
