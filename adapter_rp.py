@@ -58,7 +58,6 @@ from tqdm import tqdm
 
 import data
 import embed
-import metrics
 from data import UsageError, say
 from run import option
 
@@ -493,13 +492,12 @@ def all_logits(adapter, x, label_embeddings, rows=8192):
                          for part in x.split(rows)])
 
 def evaluate(config, adapter, inputs, device):
-    """Scores every run on the test photos, no noise -> (list of dicts by run, zero-shot mAP)"""
+    """Scores every run on the test photos, no noise -> list of dicts by run"""
     images, labels, results = inputs.image_embeddings.to(device), inputs.label_embeddings.to(device), []
     for logits in all_logits(adapter, prepared(config, images), labels):
         scores = torch.sigmoid(logits.double()).cpu().numpy()  # the logits rank: a sigmoid rounds large ones to ties
         results.append(run.measure(logits.cpu().numpy(), scores, inputs.image_labels))
-    cosine = F.normalize(images, dim=-1) @ F.normalize(labels, dim=-1).T         # zero-shot  [field D9]
-    return results, metrics.mean_average_precision(cosine.cpu().numpy(), inputs.image_labels)
+    return results
 
 
 def predict(config, adapter, names, clip, device, folder):
@@ -513,14 +511,14 @@ def predict(config, adapter, names, clip, device, folder):
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
-def recorded(config, argv, settings, device, began, inputs, runs, zero_shot_map, finished):
+def recorded(config, argv, settings, device, began, inputs, trained, runs, baselines, finished):
     """metrics.json: every seed at the first strength is the main setting."""
     chosen = [one for one in runs if one["noise_std"] == config.noise_std[0]]
     if config.features:
         config = replace(config, dataset=Path(config.features).stem)
     return run.record("rp", config, argv, settings, device, time.time() - began, inputs.names, inputs.image_labels,
-                      runs, chosen, finished, backbone=inputs.encoder, zero_shot_mAP=zero_shot_map,
-                      policy=inputs.policy, texts=inputs.texts_from, text_count=len(inputs.text_labels))
+                      runs, chosen, finished, baselines, trained, backbone=inputs.encoder, policy=inputs.policy,
+                      texts=inputs.texts_from, text_count=len(inputs.text_labels))
 
 
 def train_and_score(config, argv, device):
@@ -536,15 +534,23 @@ def train_and_score(config, argv, device):
         return None
     runs = [{"seed": seed, "noise_std": std} for seed in config.seed for std in config.noise_std]
     if result is None:
-        run.begin(folder, recorded(config, argv, settings, device, began, inputs, runs, None, False))
-    adapter, log = train(config, inputs, device, folder)
-    zero_shot_map = None
+        run.begin(folder, recorded(config, argv, settings, device, began, inputs, inputs.names, runs, None, False))
+    columns = run.known_columns(config, inputs.names)
+    trained, text_labels = [inputs.names[column] for column in columns], inputs.text_labels[:, columns]
+    rows = (text_labels != 0).any(1) if config.unseen else slice(None)
+    adapter, log = train(config, inputs._replace(
+        names=trained, label_embeddings=inputs.label_embeddings[columns], text_labels=text_labels[rows],
+        text_embeddings=inputs.text_embeddings[rows]), device, folder)
+    baselines = None
     if inputs.image_labels is not None:
-        results, zero_shot_map = evaluate(config, adapter, inputs, device)
-        runs = [one | measured for one, measured in zip(runs, results, strict=True)]
-    run.save_checkpoint(folder / "checkpoint.safetensors", "rp", adapter.of_run(0), names=inputs.names,
-                        settings=settings, encoder=inputs.encoder, encoder_key=inputs.encoder_key)
-    done = recorded(config, argv, settings, device, began, inputs, runs, zero_shot_map, True)
+        runs = [one | found for one, found in zip(runs, evaluate(config, adapter, inputs, device), strict=True)]
+        baselines = run.baselines(config, inputs.label_embeddings, inputs.image_embeddings, inputs.image_labels,
+                                  inputs.text_embeddings, inputs.text_labels)
+    for number, one in enumerate(runs):
+        title = f"seed {one['seed']}, noise {one['noise_std']:g}"
+        run.save_checkpoints(config, folder, number, title, "rp", adapter.of_run(number), names=trained,
+                             settings=settings, encoder=inputs.encoder, encoder_key=inputs.encoder_key)
+    done = recorded(config, argv, settings, device, began, inputs, trained, runs, baselines, True)
     return run.write_result(folder, done, log)
 
 
@@ -575,9 +581,10 @@ def use_checkpoint(config, argv, device):
         raise UsageError(f"{config.dataset} has no ground truth for all of these labels; --predict PATH tags photos")
     if inputs.image_embeddings.shape[1] != width:
         raise UsageError(f"checkpoint {path}: made for embeddings of another width ({width}); pass their file")
-    results, zero_shot_map = evaluate(config, adapter, inputs, device)
-    measured = {"seed": config.seed[0], "noise_std": config.noise_std[0], **results[0]}
-    result = recorded(config, argv, settings, device, began, inputs, [measured], zero_shot_map, True)
+    measured, = evaluate(config, adapter, inputs, device)
+    measured = {"seed": config.seed[0], "noise_std": config.noise_std[0], **measured}
+    baselines = run.baselines(config, inputs.label_embeddings, inputs.image_embeddings, inputs.image_labels)
+    result = recorded(config, argv, settings, device, began, inputs, metadata["names"], [measured], baselines, True)
     return run.write_result(folder, result) if config.output else result
 
 
@@ -587,6 +594,8 @@ def main(argv):
                        "[choice] ours, by the numbers of the docstring, which maps the paper to the code.")
     if config.features and (config.predict or config.texts):
         raise UsageError("--features brings its own texts, and no encoder for photos: leave --texts and --predict out")
+    if config.unseen and config.head == "per-label":
+        raise UsageError("--unseen: a classifier a label knows no others; add --head label-embedding")
     config, device = run.set_up(config)
     if result := (use_checkpoint if config.checkpoint else train_and_score)(config, argv, device):
         trained = f"trained on {result['text_count']:,} texts ({result['texts']}), no photo"

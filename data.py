@@ -8,6 +8,7 @@ UsageError, one line that names the thing and what to do; the scripts print it a
 import argparse
 import csv
 import difflib
+import functools
 import gzip
 import hashlib
 import json
@@ -257,11 +258,11 @@ def descriptions_of(dataset, names, path=None):
     path = path or own
     table = read_stored(path, "description file", read, 'it must be {"descriptions": {label: sentence, ...}}')
     found = {name: table[name] for name in names if table.get(name)}
-    if not found:
+    if not found and path != own:
         raise UsageError(f"description file {path}: describes none of {', '.join(names[:5])} ...; check the names")
     if missing := [name for name in names if name not in found]:
         say(f"{path}: the template stands alone for {len(missing)} of {len(names)} labels ({', '.join(missing[:10])})")
-    if extra := [name for name in table if name not in names]:
+    if (extra := [name for name in table if name not in names]) and path != own:
         say(f"{path}: {len(extra)} descriptions of other labels not used ({', '.join(extra[:5])})")
     return found
 
@@ -320,6 +321,66 @@ def open_photo(photo):
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
+
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+def _voc_boxes(path):
+    """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height))"""
+    def read(path):
+        root, found, sides = ElementTree.parse(path), [], ("xmin", "ymin", "xmax", "ymax")
+        for thing in root.iterfind("object"):
+            left, top, right, bottom = (float(thing.findtext(f"bndbox/{side}")) for side in sides)
+            name, hard = thing.findtext("name").strip(), thing.findtext("difficult", "0").strip() == "1"
+            found.append((LABEL_WORDS["voc2007"].get(name, name), left - 1, top - 1, right, bottom, not hard))
+        return found, tuple(int(root.findtext(f"size/{side}")) for side in ("width", "height"))
+    return read_stored(path, "annotation", read, "unpack it again")
+
+
+@functools.cache
+def _coco_boxes(path):
+    """Instances of COCO's form -> {photo's file: as _voc_boxes}"""
+    def read(path):
+        content, words = read_json(path, "annotations"), LABEL_WORDS["coco2014"]
+        names = {entry["id"]: words.get(entry["name"], entry["name"]) for entry in content["categories"]}
+        found = {entry["id"]: ([], (entry["width"], entry["height"])) for entry in content["images"]}
+        for entry in content["annotations"]:
+            (left, top, width, height), name = entry["bbox"], names[entry["category_id"]]
+            box = (name, left, top, left + width, top + height, not entry.get("iscrowd"))
+            found[entry["image_id"]][0].append(box)
+        return {entry["file_name"]: found[entry["id"]] for entry in content["images"]}
+    return read_stored(path, "annotations", read, "give COCO's instances, with all photos and categories")
+
+
+def boxes_of(photo, names):
+    """Where a photo's things are, if somebody wrote it down: scenes, and files that lie as VOC's or COCO's do -> None,
+    or (float [K, 6]: column of the name, left, top, right, bottom in pixels, clear; (width, height) of the photo).
+    clear: 0 for VOC's difficult ones and COCO's crowds, else 1; for scenes the share that nothing covers. UsageError"""
+    path = photo if isinstance(photo, Path) else None
+    if path and path.suffix == ".png":
+        with Image.open(path) as image:  # as scenes.py draw marks its own
+            origin = image.info.get("scenes", "").split()
+        photo = (origin[0], int(origin[1])) if len(origin) == 2 else photo
+    if isinstance(photo, tuple):
+        found, size = scenes.boxes(*photo), (scenes.SIZE, scenes.SIZE)
+    elif (own := path.parents[1] / f"Annotations/{path.stem}.xml").is_file():
+        found, size = _voc_boxes(own)
+    elif (own := path.parents[1] / f"annotations/instances_{path.parent.name}.json").is_file():
+        found, size = _coco_boxes(own)[path.name]
+    else:
+        return None
+    rows = [(names.index(label), *place) for label, *place in found if label in names]
+    return np.array(rows, float).reshape(-1, 6), size
+
+
+def in_view(boxes, size):
+    """Boxes as CLIP sees them, the shorter side resized and a square cut from the middle. -> (those of which at least
+    half is seen, in shares of the square and cut at its edge: float [K', 6]; which they are: bool [K])"""
+    offset = [(length - min(size)) / 2 for length in size] * 2
+    corners = (boxes[:, 1:5] - offset) / min(size)
+    seen = np.clip(corners, 0, 1)
+    whole, left = ((part[:, 2:] - part[:, :2]).prod(1) for part in (corners, seen))
+    return np.column_stack([boxes[:, :1], seen, boxes[:, 5:]])[left >= whole / 2], left >= whole / 2
 
 
 # --- the datasets -----------------------------------------------------------------------------------------------------

@@ -82,12 +82,13 @@ def heat(seen, values):
     return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
 
 
-def explanation(path, title, seen, names, scores, strongest, maps, region_gate=None, label_gate=None):
+def explanation(path, title, seen, names, scores, strongest, maps, region_gate=None, label_gate=None, boxes=()):
     """Where the strongest labels were seen: a PNG with a row of maps for each of them. -> Path
 
     title: the photo's name; seen: PIL RGB, the square that CLIP saw; scores: [C] in 0..1; strongest: label indices, a
     row each; maps: [(title, float array [C, M]), ...], a column each; region_gate: [M] or None, drawn under the photo;
-    label_gate: [C] in 0..1 or None, printed beside the scores of the ten strongest labels.
+    label_gate: [C] in 0..1 or None, printed beside the scores of the ten strongest labels; boxes: rows of (label index,
+    left, top, right, bottom, ...) in shares of the square, outlined on the label's maps, and all of them on the photo.
     Raises UsageError if it cannot be written.
     """
     font, small, line = ImageFont.load_default(15), ImageFont.load_default(12), 20
@@ -102,16 +103,24 @@ def explanation(path, title, seen, names, scores, strongest, maps, region_gate=N
         sheet.paste(picture, (x, y + line))
         canvas.text((x, y + line + TILE + 2), below, font=small, fill=DIM)
 
-    def draw_map(values, column, row, above):
-        draw_tile(heat(seen, values), column, row, above, f"{values.min():.3g} to {values.max():.3g}")
+    def outlined(picture, labels):
+        for label, *corners in boxes:
+            if label in labels:
+                left, top, right, bottom = (round(TILE * share) for share in corners[:4])
+                ImageDraw.Draw(picture).rectangle([left, top, max(left, right - 1), max(top, bottom - 1)], None, WHITE)
+        return picture
+
+    def draw_map(values, column, row, above, labels=()):
+        span = f"{values.min():.3g} to {values.max():.3g}"
+        draw_tile(outlined(heat(seen, values), labels), column, row, above, span)
 
     seen = seen.resize((TILE, TILE), Image.Resampling.BICUBIC)
-    draw_tile(seen, 0, 0, title[-30:], "as CLIP saw it")
+    draw_tile(outlined(seen.copy(), range(len(names))), 0, 0, title[-30:], "as CLIP saw it")
     if region_gate is not None:
         draw_map(region_gate, 0, 1, "S-to-V gate")
     for row, label in enumerate(strongest):
         for column, (map_title, values) in enumerate(maps, 1):
-            draw_map(values[label], column, row, f"{names[label][:14]}: {map_title}")
+            draw_map(values[label], column, row, f"{names[label][:14]}: {map_title}", [label])
 
     x, y = GAP, GAP + 2 * height
     canvas.text((x, y), "label", font=font, fill=BRIGHT)

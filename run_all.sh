@@ -29,10 +29,27 @@ experiments() {
         done
     done
     rp features-8000-texts --text-count 8000 --epochs 60 --noise-std 0.15 0
+    drawn=("sun cloud balloon mushroom car apple" "moon bird tree umbrella boat cup" "star kite flower house fish ball")
+    seen=("aeroplane boat car cow horse pottedplant train" "bicycle bottle cat diningtable motorbike sheep tvmonitor" \
+          "bird bus chair dog person sofa")
+    for third in 0 1 2; do  # labels that training never sees
+        rp scenes-unseen-$third --head label-embedding --unseen ${drawn[third]}
+        rp features-unseen-$third --head label-embedding --unseen ${seen[third]}
+        sspa scenes-unseen-$third --tune-image none --limit 4000 --epochs 8 --unseen ${drawn[third]}
+    done
     [ -f "$RUNS/rp-cost/benchmark.json" ] || run rp-cost experiments/benchmark.py cost
-    sspa scenes --tune-image none
-    sspa scenes-ablations --ablate --limit 4000 --epochs 8
-    sspa scenes-tuned --tune-image full --limit 4000 --epochs 8
+    sspa scenes --tune-image none --save-all
+    for count in 50 100 250 500 1000 4000; do  # 1,240 batches of up to 64 for each; the whole, above, has 6,240
+        sspa scenes-$count-photos --tune-image none --photo-count $count --epochs $((1240/(count<64 ? 1 : count/64)))
+    done
+    sspa scenes-ablations --ablate --limit 4000 --epochs 8 --save-all
+    sspa scenes-tuned --tune-image full --limit 4000 --epochs 8 --save-all
+    sspa scenes-tuned-ablations --ablate "no gate" "V-to-S only" "S-to-V only" "no GDMA" --tune-image full \
+        --limit 1000 --epochs 8 --save-all  # not all: most of the time goes into drawing pictures anew in each epoch
+    for models in scenes scenes-ablations scenes-tuned scenes-tuned-ablations; do
+        [ -f "$RUNS/maps-$models/localize.json" ] || \
+            run "maps-$models" experiments/localize.py --limit 400 --checkpoint "$RUNS/sspa-$models/checkpoints/"*
+    done
     for dataset in ${DATASETS:-voc2007 coco2014 nuswide pa100k rapv1 peta multiscene mlrsnet ucm}; do
         sspa "$dataset" --tune-image none
         sspa "$dataset-tuned" --tune-image full --gpu "${GPU:-0}"  # without a GPU it says so, and is not started

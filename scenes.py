@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
 SIZE = 192  # pixels, width and height of a drawn picture; the tiny CLIP sees it at 64
 SPLITS = {"clip": 1, "train": 2, "test": 3, "sentences": 4}
@@ -138,10 +139,26 @@ def layout(rng):
     return place, items
 
 
-def draw(place, items, rng):
-    """The picture of a layout, PIL RGB [SIZE, SIZE]; rng decides clutter, tints and noise."""
+def polygons(item):
+    """A thing's polygons from back to front: [(points in pixels, colour), ...]"""
+    cos, sin, turned = math.cos(item.angle), math.sin(item.angle), []
+    for part in THINGS[item.thing].icon:
+        polygon, colour = part if isinstance(part, tuple) else (part, COLOURS[item.colour])
+        polygon = [((-x if item.flip else x), y) for x, y in polygon]
+        turned.append(([(SIZE * (item.x + item.radius * (x * cos - y * sin)),
+                         SIZE * (item.y + item.radius * (x * sin + y * cos))) for x, y in polygon], colour))
+    return turned
+
+
+def draw(place, items, rng, numbers=None):
+    """The picture of a layout, PIL RGB [SIZE, SIZE]; rng decides clutter, tints and noise. numbers: a black image "L",
+    where each pixel gets the number of the thing that is seen there, from 1 on."""
     def whole(colour):
         return tuple(int(value) for value in np.clip(colour, 0, 255))
+
+    def paint(points, colour, number):
+        canvas.polygon(points, fill=colour)
+        marks.polygon(points, fill=number)
 
     def scatter_clutter(count):
         for _ in range(count):
@@ -149,24 +166,22 @@ def draw(place, items, rng):
             colour = whole(np.array(COLOURS[str(rng.choice(list(COLOURS)))]) + rng.normal(0, 25, 3))
             if rng.random() < 0.4:
                 along, down = rng.normal(0, 45, 2)
-                canvas.line([x, y, x + along, y + down], fill=colour, width=int(rng.integers(1, 5)))
+                width = int(rng.integers(1, 5))
+                for layer, ink in ((canvas, colour), (marks, 0)):
+                    layer.line([x, y, x + along, y + down], fill=ink, width=width)
             else:
                 corners = range(int(rng.integers(3, 7)))
-                canvas.polygon([(x + rng.normal(0, 9), y + rng.normal(0, 9)) for _ in corners], fill=colour)
+                paint([(x + rng.normal(0, 9), y + rng.normal(0, 9)) for _ in corners], colour, 0)
 
     back, floor = (whole(np.array(colour) + rng.normal(0, 18, 3)) for colour in PLACES[place][1:3])
     image = Image.new("RGB", (SIZE, SIZE), back)
-    canvas = ImageDraw.Draw(image)
+    canvas, marks = ImageDraw.Draw(image), ImageDraw.Draw(numbers or Image.new("L", image.size))
     canvas.rectangle([0, int(SIZE * rng.uniform(0.45, 0.75)), SIZE, SIZE], fill=floor)
     scatter_clutter(int(rng.integers(2, 9)))
-    for item in items:
-        tint, cos, sin = rng.normal(0, 14, 3), math.cos(item.angle), math.sin(item.angle)
-        for part in THINGS[item.thing].icon:
-            polygon, colour = part if isinstance(part, tuple) else (part, COLOURS[item.colour])
-            polygon = [((-x if item.flip else x), y) for x, y in polygon]
-            polygon = [(SIZE * (item.x + item.radius * (x * cos - y * sin)),
-                        SIZE * (item.y + item.radius * (x * sin + y * cos))) for x, y in polygon]
-            canvas.polygon(polygon, fill=whole(np.array(colour) + tint))
+    for number, item in enumerate(items, 1):
+        tint = rng.normal(0, 14, 3)
+        for points, colour in polygons(item):
+            paint(points, whole(np.array(colour) + tint), number)
     scatter_clutter(int(rng.integers(0, 4)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
     noise = rng.normal(0, rng.uniform(2, 12), (SIZE // 2, SIZE // 2, 3)).repeat(2, 0).repeat(2, 1)
@@ -188,6 +203,21 @@ def picture(split, index):
 def labels_of(split, index):
     """The labels of picture(split, index) without drawing it."""
     return present(layout(np.random.default_rng([SPLITS[split], index]))[1])
+
+
+def boxes(split, index):
+    """Where the things of picture(split, index) are -> [(name, left, top, right, bottom, visible), ...], pixels, cut at
+    the picture's edge; visible: share of the thing's pixels that nothing drawn later covers."""
+    rng, numbers, found = np.random.default_rng([SPLITS[split], index]), Image.new("L", (SIZE, SIZE)), []
+    place, items = layout(rng)
+    draw(place, items, rng, numbers)
+    for number, item in enumerate(items, 1):
+        alone = Image.new("L", (SIZE, SIZE))
+        for points, _ in polygons(item):
+            ImageDraw.Draw(alone).polygon(points, fill=1)
+        shown = np.asarray(numbers)[np.asarray(alone) > 0] == number
+        found.append((item.thing, *alone.getbbox(), float(shown.mean())))
+    return found
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -245,12 +275,15 @@ def main():
     parser = argparse.ArgumentParser(description="Write test pictures of the built-in world as PNG files.")
     parser.add_argument("command", choices=["draw"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--first", type=int, default=0, help="number of the first (default: %(default)s)")
     parser.add_argument("--count", type=int, default=12, help="how many (default: %(default)s)")
     args = parser.parse_args()
     try:
         args.folder.mkdir(parents=True, exist_ok=True)
-        for index in range(args.count):
-            picture("test", index)[0].save(args.folder / f"scene_{index:03d}.png")
+        for index in range(args.first, args.first + args.count):
+            origin = PngInfo()  # which picture it is, so that the things' places are known
+            origin.add_text("scenes", f"test {index}")
+            picture("test", index)[0].save(args.folder / f"scene_{index:03d}.png", pnginfo=origin)
     except OSError as error:
         parser.error(f"cannot write into {args.folder} ({error.strerror}); choose another folder")
     print(f"{args.count} pictures in {args.folder}")

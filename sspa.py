@@ -98,6 +98,8 @@ ABLATIONS = {
 class Config(run.Options):
     descriptions: str = option(None, 'JSON {"descriptions": {label: sentence}}, or none: the template alone (default: '
                                "assets/descriptions/<dataset>.json)", "data", metavar="FILE")
+    photo_count: int = option(None, "so many training photos, drawn by a fixed seed, fewer among more (default: all)",
+                              "data", at_least=1, metavar="N")
     tune_image: str = option(None, "image tower: full, trained at --image-lr-factor; none, frozen, its features cached "
                              "(default: full [figure]; none with --ablate)", choices=("none", "full"))
     context_length: int = option(4, "[figure: 4 drawn; choice D1] context vectors a prompt set", at_least=1)
@@ -626,8 +628,8 @@ def branch_scores(branches, global_logits, regional_logits):
 class Photos(NamedTuple):
     photos: list             # paths, or scenes' (split, index)
     labels: torch.Tensor     # int8 [N, C]
-    x0: torch.Tensor         # [N, d], None where photos are encoded on the fly
-    X: torch.Tensor          # float16 [N, M, d], likewise
+    x0: torch.Tensor         # [N, d] of CLIP's own tower, None where neither needed
+    X: torch.Tensor          # float16 [N, M, d], None where photos are encoded on the fly
     policy: str
 
 
@@ -635,7 +637,7 @@ class Inputs(NamedTuple):
     labels: Labels
     train: Photos
     test: Photos
-    zero_shot_map: float     # of the cosine with "a photo of a {name}.", percent
+    baselines: dict          # of run.baselines
 
 
 def names_of(config):
@@ -649,46 +651,65 @@ def names_of(config):
 
 
 def labels_of(config, clip, names, texts=None):
-    """-> Labels. texts: what KAP reads of each, or None: by --descriptions"""
+    """-> Labels. texts: {name: what KAP reads of it}; the other names' are made, by --descriptions"""
     room, places = clip.tokenizer.context_length, " ".join(["X"] * config.context_length)
     if config.context_length + 3 > room:
         raise UsageError(f"--context-length {config.context_length}: this CLIP reads {room} tokens, the label too")
-    if texts is None:
+    texts = dict(texts or {})
+    if new := [name for name in names if name not in texts]:
         none = config.descriptions == "none"
-        descriptions = {} if none else data.descriptions_of(config.dataset, names, config.descriptions)
-        texts = knowledge_texts(clip, names, descriptions)
+        descriptions = {} if none else data.descriptions_of(config.dataset, new, config.descriptions)
+        texts.update(zip(new, knowledge_texts(clip, new, descriptions), strict=True))
     start = clip.tokenizer(["a photo of a"]).to(clip.model.logit_scale.device)
     words = clip.model.token_embedding(start)[0, 1:5].detach().cpu()
-    tokens = clip.tokenizer([f"{places} {name}." for name in names])
+    tokens, texts = clip.tokenizer([f"{places} {name}." for name in names]), [texts[name] for name in names]
     return Labels(names, texts, tokens, embed.embed_texts(clip, texts, config.cache), words)
 
 
-def load_inputs(config, clip, labels, splits=("train", "test")):
-    """Photos, and their features where the tower is frozen -> Inputs"""
+def find_photos(config, *splits):
+    """-> {split: data.LabelledPhotos}"""
+    found = {split: data.load_photos(config.dataset, config.data_root, split, config.limit, config.policy)
+             for split in splits}
+    if config.photo_count and "train" in found:
+        part = found["train"]
+        rows = np.sort(np.random.default_rng(0).permutation(len(part.photos))[:config.photo_count])
+        found["train"] = part._replace(photos=[part.photos[row] for row in rows], labels=part.labels[rows])
+    return found
+
+
+def load_inputs(config, clip, labels, found):
+    """Features of the photos found, of training photos where the tower is frozen -> Inputs"""
     own, device = data.label_names(config.dataset, config.data_root), clip.model.logit_scale.device
     columns, loaded, tuned = [own.index(name) for name in labels.names], {"train": None}, config.tune_image == "full"
-    found = [data.load_photos(config.dataset, config.data_root, split, config.limit, config.policy) for split in splits]
-    if tuned and "train" in splits and device.type == "cpu":
+    if tuned and "train" in found and device.type == "cpu":
         say("the image tower is tuned on the CPU, which takes long; --tune-image none freezes it and trains in minutes")
     with torch.no_grad():
         regions = image_features(clip.model.visual, torch.zeros(1, 3, *clip.image_size, device=device))[1]
-    gib = sum(len(part.photos) for part in found) * 2 * regions.numel() / 2 ** 30
+    gib = sum(len(part.photos) for part in found.values()) * 2 * regions.numel() / 2 ** 30
     if not tuned and gib > CACHE_LIMIT:
         say(f"frozen region features would take {gib:.1f} GiB: photos are encoded anew in every epoch")
-    for split, part in zip(splits, found, strict=True):
+    for split, part in found.items():
         x0, X, kept = None, None, np.arange(len(part.photos))
         if not tuned and gib <= CACHE_LIMIT:
             x0, X, kept = embed.embed_regions(clip, part.photos, image_features, config.cache, workers=config.workers,
                                               quiet=config.quiet)
-        elif split == "test":  # for the zero-shot baseline
+        elif split == "test" or not config.no_probe:  # for the baselines
             x0, kept = embed.embed_photos(clip, part.photos, config.cache, workers=config.workers, quiet=config.quiet)
         policy = f"{part.policy}; {len(part.photos) - len(kept)} unreadable {split} photos left out"
         truth = torch.from_numpy(part.labels[kept][:, columns])
         loaded[split] = Photos([part.photos[row] for row in kept], truth, x0, X, policy)
     prompts = embed.embed_texts(clip, [f"a photo of a {name}." for name in labels.names], config.cache)
-    cosine = F.normalize(loaded["test"].x0, dim=-1) @ F.normalize(prompts, dim=-1).T
-    zero_shot_map = metrics.mean_average_precision(cosine.numpy(), loaded["test"].labels.numpy())
-    return Inputs(labels, loaded["train"], loaded["test"], zero_shot_map)
+    train, test = loaded["train"], loaded["test"]
+    learnt_from = (train.x0, train.labels) if train else ()
+    baselines = run.baselines(config, prompts, test.x0, test.labels.numpy(), *learnt_from)
+    return Inputs(labels, train, test, baselines)
+
+
+def seen_of(inputs, columns):
+    """Inputs with these columns of the labels alone, which is what training sees"""
+    names, texts = ([some[column] for column in columns] for some in (inputs.labels.names, inputs.labels.texts))
+    labels = Labels(names, texts, inputs.labels.tokens[columns], inputs.labels.knowledge[columns], inputs.labels.words)
+    return inputs._replace(labels=labels, train=inputs.train._replace(labels=inputs.train.labels[:, columns]))
 
 
 def batches_of(config, clip, photos, batches, augment=None):
@@ -829,7 +850,8 @@ def predict(config, clip, model, names, device, folder):
 @torch.no_grad()
 def explain(config, clip, model, names, device, folder):
     """Where the strongest labels were seen: a picture a photo in folder/explain, its path on stdout. A row a label: its
-    similarity to every region after GDMA, and DSF's attention; beside them the S-to-V gate averaged over channels."""
+    similarity to every region after GDMA, and DSF's attention; beside them the S-to-V gate averaged over channels. The
+    things' boxes are outlined where they are known."""
     paths, drawn = [photo for path in config.explain for photo in data.list_photos(path)], 0
     decoded = embed.decoded(clip, paths, [[row] for row in range(len(paths))], config.workers)
     for path, (images, readable) in zip(paths, decoded, strict=True):
@@ -845,8 +867,9 @@ def explain(config, clip, model, names, device, folder):
                                    for gate in (prediction.label_gate, prediction.region_gate))
         strongest = np.argsort(-scores, kind="stable")[:config.top_k or 3]
         target = folder / "explain" / f"{drawn:03d}_{path.stem}.png"
-        seen = pictures.as_seen(images[0].numpy(), clip.preprocess.transforms[-1])
-        pictures.explanation(target, path.name, seen, names, scores, strongest, maps, region_gate, label_gate)
+        seen, places = pictures.as_seen(images[0].numpy(), clip.preprocess.transforms[-1]), data.boxes_of(path, names)
+        boxes = () if places is None else data.in_view(*places)[0]
+        pictures.explanation(target, path.name, seen, names, scores, strongest, maps, region_gate, label_gate, boxes)
         print(target)
         drawn += 1
     if not drawn:
@@ -854,12 +877,12 @@ def explain(config, clip, model, names, device, folder):
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
-def recorded(config, argv, settings, device, began, clip, inputs, runs, finished):
+def recorded(config, argv, settings, device, began, clip, inputs, trained, runs, finished):
     """metrics.json. The main setting is the full method, or what the options make of it: ablation "none"."""
     chosen, truth = [one for one in runs if one["ablation"] == "none"], inputs.test.labels.numpy()
     return run.record("sspa", config, argv, settings, device, time.time() - began, inputs.labels.names, truth, runs,
-                      chosen, finished, backbone=clip.name, zero_shot_mAP=inputs.zero_shot_map,
-                      policy=inputs.test.policy, texts=inputs.labels.texts,
+                      chosen, finished, inputs.baselines, trained, backbone=clip.name, policy=inputs.test.policy,
+                      texts=inputs.labels.texts,
                       train_count=len(inputs.train.photos) if inputs.train else 0)
 
 
@@ -871,10 +894,12 @@ def train_and_score(config, argv, device):
     if result is not None and result["finished"]:
         say(f"{folder} is finished; --overwrite does it again")
         return result
+    names, found = names_of(config), find_photos(config, "train", "test")  # what is missing is said at once
     clip = run.load_clip(config, device)
-    inputs = load_inputs(config, clip, labels_of(config, clip, names_of(config)))
+    inputs, seen = load_inputs(config, clip, labels_of(config, clip, names), found), run.known_columns(config, names)
+    trained = [names[column] for column in seen]
     if result is None:
-        run.begin(folder, recorded(config, argv, settings, device, began, clip, inputs, [], False))
+        run.begin(folder, recorded(config, argv, settings, device, began, clip, inputs, trained, [], False))
     runs, changes = result["runs"] if result else [], {"none": {}}
     if config.ablate is not None:
         changes |= {name: ABLATIONS[name] for name in config.ablate or ABLATIONS}
@@ -886,14 +911,19 @@ def train_and_score(config, argv, device):
         if changed.descriptions != config.descriptions:
             own = inputs._replace(labels=labels_of(changed, clip, inputs.labels.names))
         title = f"{'SSPA' if ablation == 'none' else ablation}, seed {seed}"
-        model, log = train(changed, clip, own, seed, device, folder, title)
+        model, log = train(changed, clip, seen_of(own, seen), seed, device, folder, title)
+        learned = model.learned()
+        if config.unseen:  # nothing that is learnt belongs to a label
+            model = SSPA(changed, clip.model, own.labels, seed).to(device)
+            run.fill(model.learned(), learned)
         measured = evaluate(changed, clip, model, own, device)
         say(f"{title}: mAP {measured['mAP']:.2f}, {time.time() - at:.0f} s")
         runs.append({"seed": seed, "ablation": ablation, **measured, "seconds": round(time.time() - at, 2)})
-        if len(runs) == 1 and run.RANK == 0:
-            run.save_checkpoint(folder / "checkpoint.safetensors", "sspa", model.learned(), names=own.labels.names,
-                                texts=own.labels.texts, settings=settings, encoder=clip.name, encoder_key=clip.key)
-        done = recorded(config, argv, settings, device, began, clip, inputs, runs, len(runs) == len(wanted))
+        if run.RANK == 0:
+            run.save_checkpoints(config, folder, len(runs) - 1, title, "sspa", learned, names=trained,
+                                 texts=seen_of(own, seen).labels.texts, settings=run.settings_of(changed),
+                                 encoder=clip.name, encoder_key=clip.key)
+        done = recorded(config, argv, settings, device, began, clip, inputs, trained, runs, len(runs) == len(wanted))
         result = run.write_result(folder, done, log)
     return result
 
@@ -902,19 +932,23 @@ def use_checkpoint(config, argv, device):
     """--checkpoint: tag photos (--predict), look into it (--explain), or score it on the test photos -> result"""
     began, path = time.time(), Path(config.checkpoint)
     tensors, metadata = run.read_checkpoint(path, "sspa")
-    config, names = run.as_trained(config, path, metadata["settings"]), metadata["names"]
+    config, trained = run.as_trained(config, path, metadata["settings"]), metadata["names"]
     on_photos, folder = bool(config.predict or config.explain), Path(config.output or path.parent)
     if config.explain and config.branches == "global":
         raise UsageError("--explain draws the regional branch, which this model was trained without")
+    names = names_of(config) if not on_photos else data.read_labels(config.labels) if config.labels else trained
+    if new := [name for name in names if name not in trained]:
+        say(f"{path} was never trained on {', '.join(new[:10])}: label features come from words, so it tries")
     settings = run.settings_of(config, checkpoint=data.digest(path))
     if config.output and not on_photos:
         result, _lock = run.open_folder(config, folder, settings)
         if result is not None:
             return result
+    found = None if on_photos else find_photos(config, "test")
     clip = run.load_clip(config, device)
-    run.check_fits(path, metadata, names_of(config) if config.labels or not on_photos else names, clip.name, clip.key)
-    labels = labels_of(config, clip, names, metadata["texts"])
-    inputs = None if on_photos else load_inputs(config, clip, labels, ("test",))
+    run.check_fits(path, metadata, trained, clip.name, clip.key)
+    labels = labels_of(config, clip, names, dict(zip(trained, metadata["texts"], strict=True)))
+    inputs = None if on_photos else load_inputs(config, clip, labels, found)
     model = SSPA(config, clip.model, labels, 0).to(device)
     run.use_weights(path, model.learned(), tensors)  # a tuned tower is CLIP's now: nothing may be cached any more
     if config.predict:
@@ -924,7 +958,7 @@ def use_checkpoint(config, argv, device):
     if on_photos:
         return None
     measured = {"seed": config.seed[0], "ablation": "none", **evaluate(config, clip, model, inputs, device)}
-    result = recorded(config, argv, settings, device, began, clip, inputs, [measured], True)
+    result = recorded(config, argv, settings, device, began, clip, inputs, trained, [measured], True)
     return run.write_result(folder, result) if config.output else result
 
 

@@ -9,10 +9,10 @@ import pytest
 from conftest import REPOSITORY
 
 BUDGETS = {
-    "adapter_rp.py": 600, "sspa.py": 950, "llm_text.py": 500, "data.py": 700, "embed.py": 350, "metrics.py": 140,
-    "run.py": 475, "pictures.py": 150, "scenes.py": 260, "run_all.sh": 120, "README.md": 160, "pyproject.toml": 25,
+    "adapter_rp.py": 610, "sspa.py": 980, "llm_text.py": 500, "data.py": 750, "embed.py": 350, "metrics.py": 140,
+    "run.py": 515, "pictures.py": 170, "scenes.py": 280, "run_all.sh": 120, "README.md": 160, "pyproject.toml": 25,
     "experiments/tables.py": 300, "experiments/benchmark.py": 420, "experiments/text_quality.py": 160,
-    "experiments/train_scenes_clip.py": 120,
+    "experiments/train_scenes_clip.py": 120, "experiments/localize.py": 250,
 }
 MAY_IMPORT = {
     "scenes": set(), "metrics": set(), "data": {"scenes"}, "embed": {"data", "scenes"}, "pictures": {"data"},
@@ -36,7 +36,7 @@ def test_files_stay_within_their_budgets(path):
 
 
 def test_the_whole_of_the_tests_stays_within_its_budget():
-    assert sum(len(lines_of(path)) for path in (REPOSITORY / "tests").glob("*.py")) <= 2900
+    assert sum(len(lines_of(path)) for path in (REPOSITORY / "tests").glob("*.py")) <= 3150
 
 
 def test_no_line_is_wider_than_120_characters():
