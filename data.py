@@ -325,8 +325,9 @@ def open_photo(photo):
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
 
-def _voc_boxes(path):
-    """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height))"""
+def voc_things(path):
+    """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height)), pixels; clear:
+    not difficult. Raises UsageError."""
     def read(path):
         root, found, sides = ElementTree.parse(path), [], ("xmin", "ymin", "xmax", "ymax")
         for thing in root.iterfind("object"):
@@ -337,36 +338,35 @@ def _voc_boxes(path):
     return read_stored(path, "annotation", read, "unpack it again")
 
 
-@functools.cache
-def _coco_boxes(path):
-    """Instances of COCO's form -> {photo's file: as _voc_boxes}"""
+@functools.lru_cache(1)
+def coco_things(path):
+    """Instances of COCO's form -> {photo's file: as voc_things}; clear: no crowd. Raises UsageError."""
     def read(path):
         content, words = read_json(path, "annotations"), LABEL_WORDS["coco2014"]
         names = {entry["id"]: words.get(entry["name"], entry["name"]) for entry in content["categories"]}
         found = {entry["id"]: ([], (entry["width"], entry["height"])) for entry in content["images"]}
         for entry in content["annotations"]:
             (left, top, width, height), name = entry["bbox"], names[entry["category_id"]]
-            box = (name, left, top, left + width, top + height, not entry.get("iscrowd"))
-            found[entry["image_id"]][0].append(box)
+            place = (name, left, top, left + width, top + height, not entry.get("iscrowd"))
+            found[entry["image_id"]][0].append(place)
         return {entry["file_name"]: found[entry["id"]] for entry in content["images"]}
     return read_stored(path, "annotations", read, "give COCO's instances, with all photos and categories")
 
 
 def boxes_of(photo, names):
-    """Where a photo's things are, if somebody wrote it down: scenes, and files that lie as VOC's or COCO's do -> None,
-    or (float [K, 6]: column of the name, left, top, right, bottom in pixels, clear; (width, height) of the photo).
-    clear: 0 for VOC's difficult ones and COCO's crowds, else 1; for scenes the share that nothing covers. UsageError"""
-    path = photo if isinstance(photo, Path) else None
-    if path and path.suffix == ".png":
-        with Image.open(path) as image:  # as scenes.py draw marks its own
-            origin = image.info.get("scenes", "").split()
-        photo = (origin[0], int(origin[1])) if len(origin) == 2 else photo
+    """Where a photo's things are, if that is known: of scenes, and of files that lie as VOC's or COCO's do -> None, or
+    (float [K, 6]: column of the name, left, top, right, bottom, clear; (width, height) of the photo), pixels. clear: 1,
+    or 0 for VOC's difficult ones and COCO's crowds; for scenes the share that nothing covers. Raises UsageError."""
+    if isinstance(photo, Path) and photo.suffix == ".png":
+        with Image.open(photo) as image:  # as scenes.py draw marks its own
+            split, _, index = image.info.get("scenes", "").partition(" ")
+        photo = (split, int(index)) if index.isdecimal() else photo
     if isinstance(photo, tuple):
         found, size = scenes.boxes(*photo), (scenes.SIZE, scenes.SIZE)
-    elif (own := path.parents[1] / f"Annotations/{path.stem}.xml").is_file():
-        found, size = _voc_boxes(own)
-    elif (own := path.parents[1] / f"annotations/instances_{path.parent.name}.json").is_file():
-        found, size = _coco_boxes(own)[path.name]
+    elif (beside := photo.parent.parent / f"Annotations/{photo.stem}.xml").is_file():
+        found, size = voc_things(beside)
+    elif (beside := photo.parent.parent / f"annotations/instances_{photo.parent.name}.json").is_file():
+        found, size = coco_things(beside).get(photo.name, ([], (1, 1)))
     else:
         return None
     rows = [(names.index(label), *place) for label, *place in found if label in names]
@@ -374,8 +374,8 @@ def boxes_of(photo, names):
 
 
 def in_view(boxes, size):
-    """Boxes as CLIP sees them, the shorter side resized and a square cut from the middle. -> (those of which at least
-    half is seen, in shares of the square and cut at its edge: float [K', 6]; which they are: bool [K])"""
+    """Boxes as CLIP sees them, the shorter side resized and a square cut from the middle -> (float [K', 6], those of
+    which at least half is seen, in shares of the square and cut at its edge; which these are: bool [K])"""
     offset = [(length - min(size)) / 2 for length in size] * 2
     corners = (boxes[:, 1:5] - offset) / min(size)
     seen = np.clip(corners, 0, 1)
@@ -449,16 +449,16 @@ def voc2007(root, split, difficult: Literal["ignore", "negative", "positive"] = 
     From: python -c "import embed; embed.download_voc2007('<root>')" fetches it (870 MB, checked); or unpack in <root>
     VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"""
     def read(path):
-        marks = np.zeros(len(classes), np.int8)
-        for thing in ElementTree.parse(path).iterfind("object"):
-            column, hard = classes.index(thing.findtext("name").strip()), thing.findtext("difficult", "0").strip()
-            marks[column] = doubtful if hard == "1" and marks[column] != 1 else 1
+        marks = np.zeros(len(names), np.int8)
+        for name, *_, clear in voc_things(path)[0]:
+            column = names.index(name)
+            marks[column] = 1 if clear or marks[column] == 1 else doubtful
         return marks
     base, lists = find_files(root, ("VOCdevkit/VOC2007", "VOC2007"), "ImageSets/Main")
     ids = read_text(lists / f"{'trainval' if split == 'train' else 'test'}.txt", "image list").split()
-    classes, doubtful = list(LABEL_WORDS["voc2007"]), {"ignore": -1, "negative": 0, "positive": 1}[difficult]
-    labels = [read_stored(base / f"Annotations/{name}.xml", "annotation", read, "unpack it again") for name in ids]
-    return LabelledPhotos([base / f"JPEGImages/{name}.jpg" for name in ids], np.array(labels), f"difficult={difficult}")
+    names, doubtful = label_names("voc2007"), {"ignore": -1, "negative": 0, "positive": 1}[difficult]
+    labels = [read_stored(base / f"Annotations/{file}.xml", "annotation", read, "unpack it again") for file in ids]
+    return LabelledPhotos([base / f"JPEGImages/{file}.jpg" for file in ids], np.array(labels), f"difficult={difficult}")
 
 
 def coco2014(root, split, unlabelled: Literal["keep", "drop"] = "keep"):
@@ -467,16 +467,14 @@ def coco2014(root, split, unlabelled: Literal["keep", "drop"] = "keep"):
     Files: coco2014/{annotations/instances_{train,val}2014.json, train2014/*.jpg, val2014/*.jpg} (or the same with 2017)
     From: unpack train2014, val2014, annotations_trainval2014 of https://cocodataset.org/#download in <root>/coco2014"""
     def read(path):
-        content = read_json(path, "annotations")
-        column = {entry["id"]: names.index(entry["name"]) for entry in content["categories"]}
-        row = {entry["id"]: number for number, entry in enumerate(content["images"])}
-        labels = np.zeros((len(row), len(names)), np.int8)
-        for entry in content["annotations"]:
-            labels[row[entry["image_id"]], column[entry["category_id"]]] = 1
-        return [base / part / entry["file_name"] for entry in content["images"]], labels
+        found, names = coco_things(path), label_names("coco2014")
+        labels = np.zeros((len(found), len(names)), np.int8)
+        for row, (things, _) in enumerate(found.values()):
+            labels[row, [names.index(name) for name, *_ in things]] = 1
+        return [base / part / file for file in found], labels
     markers = [f"annotations/instances_{'train' if split == 'train' else 'val'}{year}.json" for year in (2014, 2017)]
     base, path = find_files(root, ("coco2014", "coco", "COCO", "coco2017"), *markers)
-    part, names = path.stem.removeprefix("instances_"), list(LABEL_WORDS["coco2014"])  # part: the photos' folder
+    part = path.stem.removeprefix("instances_")  # the photos' folder
     photos, labels = read_stored(path, "annotations", read, "give COCO's instances, with all photos and categories")
     rows = np.flatnonzero((labels == 1).any(1) | (unlabelled == "keep"))
     policy = f"{part}, crowds count, unlabelled={unlabelled}"

@@ -48,7 +48,7 @@ experiments() {
         --limit 1000 --epochs 8 --save-all  # not all: most of the time goes into drawing pictures anew in each epoch
     for models in scenes scenes-ablations scenes-tuned scenes-tuned-ablations; do
         [ -f "$RUNS/maps-$models/localize.json" ] || \
-            run "maps-$models" experiments/localize.py --limit 400 --checkpoint "$RUNS/sspa-$models/checkpoints/"*
+            run "maps-$models" experiments/localize.py --limit 400 --checkpoint "$RUNS/sspa-$models/checkpoints"
     done
     for dataset in ${DATASETS:-voc2007 coco2014 nuswide pa100k rapv1 peta multiscene mlrsnet ucm}; do
         sspa "$dataset" --tune-image none

@@ -150,15 +150,10 @@ def polygons(item):
     return turned
 
 
-def draw(place, items, rng, numbers=None):
-    """The picture of a layout, PIL RGB [SIZE, SIZE]; rng decides clutter, tints and noise. numbers: a black image "L",
-    where each pixel gets the number of the thing that is seen there, from 1 on."""
+def draw(place, items, rng):
+    """The picture of a layout, PIL RGB [SIZE, SIZE]; rng decides clutter, tints and noise."""
     def whole(colour):
         return tuple(int(value) for value in np.clip(colour, 0, 255))
-
-    def paint(points, colour, number):
-        canvas.polygon(points, fill=colour)
-        marks.polygon(points, fill=number)
 
     def scatter_clutter(count):
         for _ in range(count):
@@ -166,22 +161,20 @@ def draw(place, items, rng, numbers=None):
             colour = whole(np.array(COLOURS[str(rng.choice(list(COLOURS)))]) + rng.normal(0, 25, 3))
             if rng.random() < 0.4:
                 along, down = rng.normal(0, 45, 2)
-                width = int(rng.integers(1, 5))
-                for layer, ink in ((canvas, colour), (marks, 0)):
-                    layer.line([x, y, x + along, y + down], fill=ink, width=width)
+                canvas.line([x, y, x + along, y + down], fill=colour, width=int(rng.integers(1, 5)))
             else:
                 corners = range(int(rng.integers(3, 7)))
-                paint([(x + rng.normal(0, 9), y + rng.normal(0, 9)) for _ in corners], colour, 0)
+                canvas.polygon([(x + rng.normal(0, 9), y + rng.normal(0, 9)) for _ in corners], fill=colour)
 
     back, floor = (whole(np.array(colour) + rng.normal(0, 18, 3)) for colour in PLACES[place][1:3])
     image = Image.new("RGB", (SIZE, SIZE), back)
-    canvas, marks = ImageDraw.Draw(image), ImageDraw.Draw(numbers or Image.new("L", image.size))
+    canvas = ImageDraw.Draw(image)
     canvas.rectangle([0, int(SIZE * rng.uniform(0.45, 0.75)), SIZE, SIZE], fill=floor)
     scatter_clutter(int(rng.integers(2, 9)))
-    for number, item in enumerate(items, 1):
+    for item in items:
         tint = rng.normal(0, 14, 3)
         for points, colour in polygons(item):
-            paint(points, whole(np.array(colour) + tint), number)
+            canvas.polygon(points, fill=whole(np.array(colour) + tint))
     scatter_clutter(int(rng.integers(0, 4)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.5)))
     noise = rng.normal(0, rng.uniform(2, 12), (SIZE // 2, SIZE // 2, 3)).repeat(2, 0).repeat(2, 1)
@@ -207,17 +200,16 @@ def labels_of(split, index):
 
 def boxes(split, index):
     """Where the things of picture(split, index) are -> [(name, left, top, right, bottom, visible), ...], pixels, cut at
-    the picture's edge; visible: share of the thing's pixels that nothing drawn later covers."""
-    rng, numbers, found = np.random.default_rng([SPLITS[split], index]), Image.new("L", (SIZE, SIZE)), []
-    place, items = layout(rng)
-    draw(place, items, rng, numbers)
-    for number, item in enumerate(items, 1):
-        alone = Image.new("L", (SIZE, SIZE))
+    the picture's edge; visible: share of the thing's pixels that no later thing covers (clutter aside)."""
+    items, masks, seen = layout(np.random.default_rng([SPLITS[split], index]))[1], [], np.zeros((SIZE, SIZE), int)
+    for number, item in enumerate(items):
+        image = Image.new("L", (SIZE, SIZE))
         for points, _ in polygons(item):
-            ImageDraw.Draw(alone).polygon(points, fill=1)
-        shown = np.asarray(numbers)[np.asarray(alone) > 0] == number
-        found.append((item.thing, *alone.getbbox(), float(shown.mean())))
-    return found
+            ImageDraw.Draw(image).polygon(points, fill=1)
+        masks.append(np.asarray(image) > 0)
+        seen[masks[-1]] = number
+    return [(item.thing, *Image.fromarray(mask).getbbox(), float((seen[mask] == number).mean()))
+            for number, (item, mask) in enumerate(zip(items, masks, strict=True))]
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------

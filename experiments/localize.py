@@ -1,12 +1,12 @@
 """Are SSPA's maps true? Each map of each present label is scored against the boxes that a dataset's owners publish.
 
     python experiments/localize.py --checkpoint runs/demo/sspa/checkpoint.safetensors --output runs/maps
-    python experiments/localize.py --checkpoint runs/sspa/scenes/checkpoints/* --output runs/maps --limit 400
+    python experiments/localize.py --checkpoint runs/sspa/scenes/checkpoints --output runs/maps --limit 400
     python experiments/localize.py --checkpoint FILE --dataset coco2014 --data-root D --gpu 0 --output runs/maps
 
-Half a minute for 2,000 scenes on two cores. Several checkpoints are averaged over seeds, a block of rows for each
-title. Other words are options of sspa.py. Prints a table; DIR gets localize.json (it, and photos of median score) and a
-picture.
+Half a minute for 2,000 scenes on two cores. A folder of checkpoints (sspa.py --save-all) is averaged over seeds, a
+block of rows for each title. Other words are options of sspa.py. Prints a table; DIR gets localize.json (it, and photos
+of median score) and a picture.
 
 Asked is for each present label with a clear box (VOC's difficult things and COCO's crowds are not) of which at least
 half is in the square that CLIP sees. Maps are compared at 64 x 64 points, upsampled bilinearly.
@@ -28,7 +28,9 @@ sys.path.insert(0, str(REPOSITORY))
 import run
 
 # isort: split
+import platform
 import shlex
+import time
 from collections import defaultdict
 
 import numpy as np
@@ -244,14 +246,16 @@ def draw(models, path):
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", nargs="+", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     own, words = parser.parse_known_args(argv)
     config, device = run.set_up(run.parse(sspa.Config, words, ""))
-    models = [localize(config, path, device) for path in own.checkpoint]
+    began, paths = time.time(), sorted(own.checkpoint.glob("*.safetensors")) or [own.checkpoint]
+    models = [localize(config, path, device) for path in paths]
     printed(models)
-    command = shlex.join(["python", "experiments/localize.py", *argv])
-    data.write_json(own.output / "localize.json", {"command": command, "commit": run.commit(), "models": models})
+    data.write_json(own.output / "localize.json", {
+        "command": shlex.join(["python", "experiments/localize.py", *argv]), "commit": run.commit(), "models": models,
+        "device": platform.processor() or platform.machine(), "seconds": round(time.time() - began, 1)})
     if find_spec("matplotlib"):
         draw(models, own.output / "localize.png")
     else:

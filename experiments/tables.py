@@ -27,6 +27,9 @@ from data import UsageError, say
 ASSETS, RECORD, DOCS = (REPOSITORY / path for path in ("assets", "assets/tables.json", "docs/results.md"))
 SETS = ("scenes", "features", *data.DATASETS[1:])
 STRENGTHS, TEXT_COUNTS = (0, 0.05, 0.1, 0.15, 0.2), (250, 500, 1000, 2000, 4000, 8000)
+PHOTO_COUNTS = (50, 100, 250, 500, 1000, 4000, 20000)
+MAPS = ("zero-shot cosine of regions", "DSF attention", "similarity after GDMA", "S-to-V attention", "V-to-S attention",
+        "gradient x region")
 METRICS = {  # title of a column: where a run of metrics.json keeps the number
     "mAP": ["mAP"], "mAP, interpolated": ["mAP_interpolated"],
     "mAP, global branch": ["mAP_global"], "mAP, regional branch": ["mAP_regional"],
@@ -68,7 +71,13 @@ def read_run(path):
         runs_of.setdefault(f"{run['noise_std']:g}" if is_rp else run["ablation"], []).append(run)
     for setting, runs in runs_of.items():
         values = {title: [reduce(dict.get, keys, run) for run in runs] for title, keys in METRICS.items()}
-        values["zero-shot mAP"] = [result["zero_shot_mAP"]]
+        for title, key in (("zero-shot mAP", "zero_shot_mAP"), ("linear probe mAP", "linear_probe_mAP")):
+            values[title] = [result[key]]
+        for title, learnt in (("seen", True), ("unseen", False)):
+            rows = [row for row, label in enumerate(result["per_class"]) if label["trained"] == learnt]
+            if len(rows) not in (0, len(result["per_class"])):
+                values[title] = [mean(run["ap"][row] for row in rows) for run in runs]
+                values[f"{title}, zero-shot"] = [mean(result["per_class"][row]["zero_shot_ap"] for row in rows)]
         numbers[setting] = {title: None if None in several else [mean(several), stdev(several) if several[1:] else None]
                             for title, several in values.items()}
     trained = "{text_count:,} texts" if is_rp else "{train_count:,} photos, {config[epochs]} epochs"
@@ -89,12 +98,24 @@ def read_benchmark(path):
             "commit": machine["commit"], "device": machine["processor"], "seconds": 60 * machine["minutes"]}
 
 
+def read_maps(path):
+    """localize.json -> likewise; a setting is the title of a model, a metric the pointing game of a map"""
+    result, numbers = json.loads(path.read_text("utf-8")), {}
+    for title in dict.fromkeys(model["title"] for model in result["models"]):
+        models = [model for model in result["models"] if model["title"] == title]
+        for name in models[0]["maps"]:
+            hits = [model["maps"][name]["pointing"] for model in models]
+            numbers.setdefault(title, {})[name] = [mean(hits), stdev(hits) if hits[1:] else None]
+    facts = {name: result[name] for name in ("command", "commit", "device", "seconds")}
+    return {**facts, "tested on": "{asked:,} things in {photos:,} photos".format(**models[0]), "numbers": numbers}
+
+
 def look(folder):
-    """All that a folder of runs holds -> {run: what read_run gives, or {"reason": one line}}"""
-    runs = {}
-    for path in (*folder.glob("*/metrics.json"), *folder.glob("*/benchmark.json")):
-        read = read_run if path.name == "metrics.json" else read_benchmark
+    """All that a folder of runs holds -> {run: what a reader gives, or {"reason": one line}}"""
+    runs, readers = {}, {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize.json": read_maps}
+    for path in (path for name in readers for path in folder.glob(f"*/{name}")):
         try:
+            read = readers[path.name]
             runs[path.parent.name] = data.read_stored(path, "run", read, "bash run_all.sh goes on with it")
         except UsageError as error:
             runs[path.parent.name] = {"reason": str(error)}
@@ -142,16 +163,33 @@ def grid(runs, method, kinds, columns):
 
 
 def ablation_table(runs):
-    names = {dataset: f"sspa-{dataset}-ablations" for dataset in SETS if f"sspa-{dataset}-ablations" in runs}
+    """mAP, and hits of the two maps that --explain draws, for each list of ablations"""
+    kinds = {f"{dataset}{suffix}-ablations": f"{dataset}, tower {tower}" for dataset in SETS
+             for suffix, tower in (("", "frozen"), ("-tuned", "tuned"))}
+    kinds = {kind: words for kind, words in kinds.items() if f"sspa-{kind}" in runs}
+    rows, columns = {}, []
+    for kind, words in kinds.items():
+        columns += [f"{words}: mAP", "against the full method", *(f"hits of {name}" for name in MAPS[1:3])]
+        full = number(runs, f"sspa-{kind}", "none")
+        for ablation in runs[f"sspa-{kind}"].get("numbers", ["none"]):
+            own, label = number(runs, f"sspa-{kind}", ablation), "SSPA" if ablation == "none" else ablation
+            gain = f"{own.mean - full.mean:+.2f}" if isinstance(own, Number) and ablation != "none" else ""
+            cells = [own, gain, *(number(runs, f"maps-{kind}", label, name) for name in MAPS[1:3])]
+            rows.setdefault(label, dict.fromkeys(kinds, [""] * 4))[kind] = cells
+    rows = [(label, sum(of.values(), [])) for label, of in rows.items()]
+    return Table("SSPA: what each part is worth", columns, rows)
+
+
+def maps_table(runs):
+    """Whether longer training, a tuned tower or the gate makes maps truer"""
     rows = []
-    for ablation in dict.fromkeys(key for name in names.values() for key in runs[name].get("numbers", ["none"])):
-        cells = []
-        for name in names.values():
-            own, full = number(runs, name, ablation), number(runs, name, "none")
-            cells += [own, f"{own.mean - full.mean:+.2f}" if isinstance(own, Number) and ablation != "none" else ""]
-        rows.append(("SSPA" if ablation == "none" else ablation, cells))
-    columns = [title for dataset in names for title in (dataset, f"{dataset}, against the full method")]
-    return Table("SSPA: what each part is worth, image tower frozen, mAP", columns, rows)
+    for name, words in (("scenes", "frozen, 20,000 photos, 20 epochs"), ("scenes-ablations", "frozen, 4,000, 8"),
+                        ("scenes-tuned", "tuned, 4,000, 8"), ("scenes-tuned-ablations", "tuned, 1,000, 8")):
+        for title, ablation in (("SSPA", "none"), ("no gate", "no gate")):
+            cells = [number(runs, f"maps-{name}", title, column) for column in MAPS]
+            if any(cells):
+                rows.append((f"{title}: {words}", [number(runs, f"sspa-{name}", ablation), *cells]))
+    return Table("SSPA: where its maps point, scenes, hits of the pointing game", ["mAP", *MAPS], rows)
 
 
 def published_table(runs, papers):
@@ -171,13 +209,24 @@ def published_table(runs, papers):
 
 def tables_of(runs, papers):
     """runs: what look gives; papers: what read_papers gives -> {name: Table}"""
-    main = [("zero-shot", "", "0.15", "zero-shot mAP"), ("no noise", "", "0", "mAP"), ("noise 0.15", "", "0.15", "mAP"),
+    main = [("zero-shot", "", "0.15", "zero-shot mAP"), ("linear probe of the texts", "", "0.15", "linear probe mAP"),
+            ("no noise", "", "0", "mAP"), ("noise 0.15", "", "0.15", "mAP"),
             ("noise 0.15, interpolated AP", "", "0.15", "mAP, interpolated")]
     laws = [("gaussian", "", "0.15"), ("uniform", "-uniform", "0.15"), ("sphere", "-sphere", "0.15"), ("none", "", "0")]
     counts = [(f"{count:,}", f"-{count}-texts") for count in TEXT_COUNTS] + [("all", "")]
     towers = ((", image tower frozen", ""), (", image tower frozen", "-ablations"), (", image tower tuned", "-tuned"))
-    (titles, noisy), (_, plain) = (grid(runs, "rp", [(label, "")], [(*column, strength, "mAP") for column in counts])
-                                   for label, strength in (("", "0.15"), (", no noise", "0")))
+    texts = [grid(runs, "rp", [(label, "")], [(*column, strength, metric) for column in counts])
+             for label, strength, metric in (("", "0.15", "mAP"), (", no noise", "0", "mAP"),
+                                             (", linear probe", "0", "linear probe mAP"))]
+    photos = [(label, [number(runs, f"sspa-scenes-{count}-photos" if count < 20000 else "sspa-scenes", "none", metric)
+                       for count in PHOTO_COUNTS])
+              for label, metric in (("SSPA, image tower frozen", "mAP"), ("linear probe of the same features",
+                                    "linear probe mAP"), ("zero-shot", "zero-shot mAP"))]
+    apart = ("seen", "seen, zero-shot", "unseen", "unseen, zero-shot")
+    unseen = [(f"{method}, {dataset}, without third {third + 1}", [
+        number(runs, f"{key}-{dataset}-unseen-{third}", setting, metric) for metric in apart])
+        for method, key, dataset, setting in (("RP", "rp", "scenes", "0.15"), ("RP", "rp", "features", "0.15"),
+                                              ("SSPA", "sspa", "scenes", "none")) for third in range(3)]
     labels = list(runs.get("rp-cost", {}).get("numbers", ["80"]))
     costs = [(title, [number(runs, "rp-cost", count, title) for count in labels]) for title in COSTS]
     behind = [(name, [f"`{run['command']}`", run.get("tested on", ""), run["commit"], run["device"],
@@ -191,13 +240,18 @@ def tables_of(runs, papers):
             runs, "rp", [(", raw", ""), (", unit length", "-unit")],
             [(f"{strength:g}", "", f"{strength:g}", "mAP") for strength in STRENGTHS]), x=STRENGTHS),
         "rp-law": Table("RP: law of the noise, mAP", *grid(runs, "rp", [("", "")], [(*law, "mAP") for law in laws])),
-        "rp-texts": Table("RP: number of texts, as many steps for each, mAP", titles, noisy + plain, x=TEXT_COUNTS),
+        "rp-texts": Table("RP: number of texts, as many steps for each, mAP", texts[0][0],
+                          sum((rows for _, rows in texts), []), x=TEXT_COUNTS),
         "rp-cost": Table("RP: cost of a training step against the number of labels", labels, costs,
                          "Prompt tuning in TaI-DPT's form, through ViT-B-32's text encoder, on the CPU; the same "
                          "batch of 512 and the same loss."),
         "sspa-main": Table("SSPA: the full method", *grid(runs, "sspa", towers, [
-            (title, "", "none", title) for title in ("zero-shot mAP", *METRICS)])),
+            (title, "", "none", title) for title in ("zero-shot mAP", "linear probe mAP", *METRICS)])),
+        "sspa-photos": Table("SSPA: number of labelled photos, scenes, mAP", [f"{count:,}" for count in PHOTO_COUNTS],
+                             photos if any(photos[0][1]) else [], x=PHOTO_COUNTS),
         "sspa-ablations": ablation_table(runs),
+        "sspa-maps": maps_table(runs),
+        "unseen": Table("Labels that training never saw, mAP", list(apart), [row for row in unseen if any(row[1])]),
         "published": published_table(runs, papers),
         "runs": Table("Behind the numbers", ["command", "tested on", "commit, + changes", "on", "minutes"], behind)}
 
@@ -262,6 +316,8 @@ def demo(folder):
           f"{len(rp['seeds'])} (RP) and {len(sspa['seeds'])} (SSPA) seeds\n\n{'':<28}{'learnt from':<28}{'mAP %':>14}"
           f"{'CF1 %':>8}{'OF1 %':>8}\n{'zero-shot CLIP (cosine)':<28}{'nothing':<28}{sspa['zero_shot_mAP']:8.2f}")
     texts, photos = f"{rp['text_count']:,} sentences", f"{sspa['train_count']:,} labelled pictures"
+    for words, learnt, result in (("texts", texts, rp), ("CLIP's features", photos, sspa)):
+        print(f"{f'linear probe, {words}':<28}{learnt:<28}{result['linear_probe_mAP']:8.2f}")
     rows = [(label, texts, [run for run in rp["runs"] if run["noise_std"] == noise])
             for label, noise in (("RP, no noise", 0), ("RP, noise 0.15", 0.15))]
     for label, learnt, runs in [*rows, ("SSPA, image tower frozen", photos, sspa["runs"])]:

@@ -240,14 +240,16 @@ def test_voc2007(tmp_path, monkeypatch):
     """One object that is not difficult makes its label present, wherever it stands; only difficult ones: the policy."""
     place = told("voc2007", tmp_path)
     things = [("dog", 1), ("dog", 0), ("cat", 1), ("cat", 1), ("tvmonitor", 0), ("tvmonitor", 1)]
-    objects = (f"<object><name>{name}</name><difficult>{hard}</difficult></object>" for name, hard in things)
-    write(place("Annotations") / "000001.xml", "".join(["<a>", *objects, "</a>"]))
+    box = "<bndbox><xmin>1</xmin><ymin>11</ymin><xmax>100</xmax><ymax>50</ymax></bndbox>"
+    objects = (f"<object><name>{name}</name><difficult>{hard}</difficult>{box}</object>" for name, hard in things)
+    size = "<size><width>200</width><height>100</height></size>"
+    write(place("Annotations") / "000001.xml", "".join(["<a>", size, *objects, "</a>"]))
     write(place("trainval.txt"), "000001\n")
     photos(place("JPEGImages"), "000001.jpg")
     for policy, cat in (((), -1), (["difficult=negative"], 0), (["difficult=positive"], 1)):
         found = load("voc2007", tmp_path, "train", *policy)
         assert found.labels[0, [7, 11, 19]].tolist() == [cat, 1, 1] and np.abs(found.labels).sum() == 2 + abs(cat)
-    write(place("Annotations") / "000001.xml", "<a><object><name>unicorn</name></object></a>")
+    write(place("Annotations") / "000001.xml", f"<a>{size}<object><name>unicorn</name>{box}</object></a>")
     with pytest.raises(UsageError, match="^voc2007: annotation .*000001.xml: .*unicorn"):
         load("voc2007", tmp_path, "train")
     with pytest.raises(UsageError, match="^voc2007: image list .*/test.txt: no such file.*; expected") as error:
@@ -278,9 +280,10 @@ def test_real_voc_and_coco(shared):
 
 def test_coco(tmp_path, capsys):
     place, names = told("coco2014", tmp_path), sorted(data.LABEL_WORDS["coco2014"])
-    content = {"images": [{"id": n, "file_name": f"{n}.jpg"} for n in (7, 8, 9, 10)],
+    content = {"images": [{"id": n, "file_name": f"{n}.jpg", "width": 200, "height": 100} for n in (7, 8, 9, 10)],
                "categories": [{"id": 100 + n, "name": name} for n, name in enumerate(names)],
-               "annotations": [{"image_id": image, "category_id": 100 + names.index(name), "iscrowd": crowd} for
+               "annotations": [{"image_id": image, "category_id": 100 + names.index(name), "iscrowd": crowd,
+                                "bbox": [60, 10, 40, 40]} for
                                image, name, crowd in ((7, "toothbrush", 0), (8, "person", 1), (10, "person", 0))]}
     path = write(place("instances_train2014"), json.dumps(content))
     photos(place("/train2014/"), "7.jpg", "8.jpg", "9.jpg")
@@ -289,7 +292,9 @@ def test_coco(tmp_path, capsys):
     said = f"1 of 4 photos missing, left out (first: {place('/train2014/')}/10.jpg)"
     assert said in capsys.readouterr().err and found.policy == f"train2014, crowds count, unlabelled=keep; {said}"
     assert set(marks(load("coco2014", tmp_path, "train", "unlabelled=drop"))) == {"7.jpg", "8.jpg"}
-    write(path, json.dumps({**content, "annotations": [{"image_id": 99, "category_id": 101}]}))
+    wrong = {"image_id": 99, "category_id": 101, "bbox": [0, 0, 1, 1]}
+    data.coco_things.cache_clear()
+    write(path, json.dumps({**content, "annotations": [wrong]}))
     with pytest.raises(UsageError, match="^coco2014: annotations .*2014.json: .*99.*give COCO's instances"):
         load("coco2014", tmp_path, "train")
 
