@@ -387,7 +387,7 @@ def linear_probe(features, labels, images, strength=PROBE_STRENGTH):
     inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False).mT
     x, present, known = x @ inverse, (labels == 1).double(), (labels >= 0).double()
     u = torch.zeros(len(factor), labels.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([u], max_iter=1000, tolerance_grad=1e-2, tolerance_change=0,
+    optimiser = torch.optim.LBFGS([u], max_iter=1000, tolerance_grad=1e-3, tolerance_change=0,
                                   line_search_fn="strong_wolfe")
 
     def loss():

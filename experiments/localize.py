@@ -193,11 +193,10 @@ def examples(found, rows, photos):
 def localize(config, path, device):
     """All about one checkpoint -> dict"""
     tensors, metadata = run.read_checkpoint(path, "sspa")
-    config, names = run.as_trained(config, path, metadata["settings"]), metadata["names"]
-    found = sspa.find_photos(config, "test")
-    clip = run.load_clip(config, device)
-    run.check_fits(path, metadata, names, clip.name, clip.key)
-    labels = sspa.labels_of(config, clip, names, dict(zip(names, metadata["texts"], strict=True)))
+    config, trained = run.as_trained(config, path, metadata["settings"]), metadata["names"]
+    names, found, clip = sspa.names_of(config), sspa.find_photos(config, "test"), run.load_clip(config, device)
+    run.check_fits(path, metadata, trained, clip.name, clip.key)
+    labels = sspa.labels_of(config, clip, names, dict(zip(trained, metadata["texts"], strict=True)))
     inputs = sspa.load_inputs(config, clip, labels, found)
     model = sspa.SSPA(config, clip.model, labels, 0).to(device)
     run.use_weights(path, model.learned(), tensors)

@@ -85,6 +85,7 @@ def outcome(script, words):
         result = json.loads(Path(folder, "metrics.json").read_text())
         log, tensors = Path(folder, "log.jsonl").read_text(), load_file(Path(folder, "checkpoint.safetensors"))
     return {"runs": [{**one, "seconds": 0} for one in result["runs"]], "zero-shot": result["zero_shot_mAP"],
+            "probe": result["linear_probe_mAP"],
             "losses": [json.loads(line)["loss"] for line in log.splitlines()],
             "tensors": {name: tensor.tolist() for name, tensor in tensors.items()}}
 

@@ -172,11 +172,13 @@ def trained(command, tmp_path_factory):
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 
-OPTIONS = """dataset data-root policy labels limit backbone pretrained resolution precision gpu cpu seed epochs
-    batch-size lr impl workers cache output overwrite checkpoint predict threshold top-k quiet gamma-neg clip"""
+OPTIONS = """dataset data-root policy labels unseen limit no-probe backbone pretrained resolution precision gpu cpu
+    seed epochs batch-size lr impl workers cache output overwrite save-all checkpoint predict threshold top-k quiet
+    gamma-neg clip"""
 OWN_OPTIONS = {RP: "features texts text-count noise-law noise-std normalize adapter head loss",
-               SSPA: """descriptions tune-image context-length attention-scale no-dsf fusion quaternion-layers alignment
-               no-gate aggregator temperature branches regional-weight prompt-lr image-lr-factor ema ablate explain"""}
+               SSPA: """descriptions photo-count tune-image context-length attention-scale no-dsf fusion
+               quaternion-layers alignment no-gate aggregator temperature
+               branches regional-weight prompt-lr image-lr-factor ema ablate explain"""}
 
 
 @BOTH
@@ -507,6 +509,31 @@ def test_checkpoint_scores_as_its_training_did(command, trained, tmp_path, scrip
     assert result["runs"][0]["ap"] == pytest.approx(first["runs"][0]["ap"], abs=1e-6)
     assert result["zero_shot_mAP"] == first["zero_shot_mAP"] and "was made with its own --gamma-neg" in stderr
     assert command(*words)[0] == stdout
+
+
+@BOTH
+def test_labels_never_trained_on(command, place, tmp_path, script):
+    """Left out, labels are not learnt but scored, by the run and by its checkpoint; new words tag photos."""
+    words = (script, TINY[script], "--head label-embedding" if script == RP else "")
+    (tmp_path / "seen.txt").write_text("\n".join(name for name in scenes.NAMES if name not in ("boat", "cup")))
+    (tmp_path / "words.txt").write_text("cup\nmug\n")
+    command(*words, "--labels", tmp_path / "seen.txt", "--output", tmp_path / "seen")
+    stdout, _ = command(*words, "--unseen boat cup --save-all --output", tmp_path / "run")
+    checkpoint, result = tmp_path / "run/checkpoint.safetensors", result_of(tmp_path / "run")
+    learnt = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("seen", "run")]
+    assert {name: tensor.tolist() for name, tensor in learnt[0].items()} == {
+        name: tensor.tolist() for name, tensor in learnt[1].items()}
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == len(result["runs"]) > 1
+    new = [label for label in result["per_class"] if not label["trained"]]
+    assert [label["name"] for label in new] == ["boat", "cup"] and len(result["per_class"]) == 18
+    assert f"2 labels never trained on: mAP {statistics.mean(label['ap'] for label in new):.2f}, zero-shot" in stdout
+    command(script, "--limit 130 --output", tmp_path / "again", "--checkpoint", checkpoint)
+    assert result_of(tmp_path / "again")["runs"][0]["ap"] == pytest.approx(result["runs"][0]["ap"], abs=1e-4)
+    more = ("--labels", tmp_path / "words.txt", "--predict", place / "photos", "--output", tmp_path / "tags")
+    stdout, stderr = command(script, "--checkpoint", checkpoint, *more)
+    assert all(set(json.loads(line)["scores"]) == {"cup", "mug"} for line in stdout.splitlines())
+    assert ("never trained on cup, mug" in stderr) == (script == SSPA)
+    assert "--unseen dragon: must" in command(*words, "--unseen dragon", expect=2)[1]
 
 
 @BOTH

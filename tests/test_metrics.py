@@ -1,11 +1,14 @@
-"""metrics.py against scikit-learn, against cases worked by hand, and its memory."""
+"""metrics.py and the linear probe of run.py against scikit-learn, against cases worked by hand, and their costs."""
 import tracemalloc
 
 import numpy as np
 import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score
 
 import metrics
+import run
 
 
 def sklearn_average_precision(scores, labels):
@@ -98,3 +101,31 @@ def test_memory_is_bounded_with_ten_thousand_classes():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 150 * 2 ** 20, f"{peak / 2 ** 20:.0f} MiB"
+
+
+@pytest.mark.parametrize("strength", [0.5, 100])
+def test_linear_probe_equals_sklearn(strength):
+    """Features in a narrow cone, as CLIP's are, of any length; ignored labels are left out of their own column."""
+    rng = np.random.default_rng(5)
+    features, images = (rng.normal(size=(count, 12)) + 4 for count in (400, 50))
+    labels = (features[:, :3] + rng.normal(size=(400, 3)) > [4, 5, 6]).astype(np.int8)
+    labels[:150, 1] = -1
+    unit, new = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (features, images))
+    expected = []
+    for column in labels.T:
+        oracle = LogisticRegression(C=strength, tol=1e-8, max_iter=10000).fit(unit[column >= 0], column[column >= 0])
+        expected.append(oracle.decision_function(new))
+    found = run.linear_probe(*map(torch.from_numpy, (features, labels, images)), strength)
+    np.testing.assert_allclose(found.numpy(), np.transpose(expected), atol=2e-3)
+    without = run.linear_probe(*map(torch.from_numpy, (features, 0 * labels, images)), strength)
+    assert without.isfinite().all() and (without < -5).all()  # no positive: scikit-learn refuses, this says no
+
+
+def test_linear_probe_is_skipped_where_it_takes_long(monkeypatch, capsys):
+    rows, truth = torch.eye(6, 4), torch.eye(6, 2, dtype=torch.int8)
+    for limit, found in ((48, float), (47, type(None))):
+        monkeypatch.setattr(run, "PROBE_LIMIT", limit)
+        config = run.parse(run.Options, [], "")
+        result = run.baselines(config, torch.eye(2, 4), rows, truth.numpy(), rows, truth)
+        assert type(result["linear_probe_mAP"]) is found and result["zero_shot_ap"] == [100, 100]
+    assert capsys.readouterr().err == "no linear probe: 6 x 4 features, 2 labels take long\n"

@@ -55,3 +55,16 @@ def test_contact_sheet_draws_scores_as_bars_and_tags_bright(tmp_path):
         return ((sheet[..., 1] - sheet[..., 0] > 60) & (sheet[..., 1] - sheet[..., 2] > 20)).any(0).sum()
     assert green([0.9, 0.3], []) == 0
     assert green([0.9, 0.3], [0]) == pytest.approx(3 * green([0.9, 0.3], [1]), abs=12)  # letters on the bar are white
+
+
+def test_boxes_are_outlined_on_the_photo_and_on_their_labels_maps(tmp_path):
+    """A box of the label in the second row, x 1/4 to 3/4, y 1/2 to 1: what changes is its outline on three tiles."""
+    maps = [(title, np.stack([map_of("top left")] * 3)) for title in ("first", "second")]
+    sheets = [np.asarray(Image.open(pictures.explanation(
+        tmp_path / "sheet.png", "photo.jpg", Image.new("RGB", (64, 64)), ["sun", "moon", "star"], np.arange(3.0),
+        [2, 1, 0], maps, boxes=boxes))) for boxes in ((), [(1, 0.25, 0.5, 0.75, 1, 1)])]
+    parts = ndimage.find_objects(ndimage.label((sheets[0] != sheets[1]).any(2))[0])
+    pitch, height, left, top = pictures.TILE + pictures.GAP, pictures.TILE + 40 + pictures.GAP, 12 + 56, 32 + 112
+    expected = [(left + column * pitch, top + row * height) for column, row in ((0, 0), (1, 1), (2, 1))]
+    assert sorted((columns.start, rows.start) for rows, columns in parts) == expected
+    assert {(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in parts} == {(112, 112)}
