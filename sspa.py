@@ -937,14 +937,14 @@ def use_checkpoint(config, argv, device):
     if config.explain and config.branches == "global":
         raise UsageError("--explain draws the regional branch, which this model was trained without")
     names = names_of(config) if not on_photos else data.read_labels(config.labels) if config.labels else trained
-    if new := [name for name in names if name not in trained]:
-        say(f"{path} was never trained on {', '.join(new[:10])}: label features come from words, so it tries")
     settings = run.settings_of(config, checkpoint=data.digest(path))
     if config.output and not on_photos:
         result, _lock = run.open_folder(config, folder, settings)
         if result is not None:
             return result
     found = None if on_photos else find_photos(config, "test")
+    if new := [name for name in names if name not in trained]:
+        say(f"{path} was never trained on {', '.join(new[:10])}: label features come from words, so it tries")
     clip = run.load_clip(config, device)
     run.check_fits(path, metadata, trained, clip.name, clip.key)
     labels = labels_of(config, clip, names, dict(zip(trained, metadata["texts"], strict=True)))

@@ -4,9 +4,8 @@
     python experiments/localize.py --checkpoint runs/sspa/scenes/checkpoints --output runs/maps --limit 400
     python experiments/localize.py --checkpoint FILE --dataset coco2014 --data-root D --gpu 0 --output runs/maps
 
-Half a minute for 2,000 scenes on two cores. A folder of checkpoints (sspa.py --save-all) is averaged over seeds, a
-block of rows for each title. Other words are options of sspa.py. Prints a table; DIR gets localize.json (it, and photos
-of median score) and a picture.
+Half a minute for 2,000 scenes on two cores. A folder of checkpoints (sspa.py --save-all) is averaged over seeds, in
+blocks of rows. Other words are options of sspa.py. DIR gets localize.json (also photos of median score) and a picture.
 
 Asked is for each present label with a clear box (VOC's difficult things and COCO's crowds are not) of which at least
 half is in the square that CLIP sees. Maps are compared at 64 x 64 points, upsampled bilinearly.
@@ -45,7 +44,7 @@ from data import UsageError, say
 
 POINTS = 64            # a side of the square
 TOLERANCE = 15 / 224   # of the pointing game, in sides of the square
-SMALL, MEDIUM = 32 ** 2, 96 ** 2  # pixels
+SIZES = (32 ** 2, 96 ** 2)  # pixels of the smallest medium box, of the smallest large one
 CHANCE, CENTRE = "chance (share of area)", "always the centre"
 MAPS = ("zero-shot cosine of regions", "DSF attention", "similarity after GDMA", "S-to-V attention", "V-to-S attention",
         "gradient x region")
@@ -57,8 +56,7 @@ def flow(model, prompts, x0, X):
     """SSPA.forward for unit features, with what stands between its arrows -> T_uf, DSF's attention, T_fn, X_fn"""
     T_ca, filtering = model.filter_prompts(prompts[1], X)
     T_uf = model.fuse(model.knowledge, T_ca, x0)
-    T_fn, X_fn, _, _ = model.align(T_uf, X)
-    return T_uf, filtering, T_fn, X_fn
+    return T_uf, filtering, *model.align(T_uf, X)[:2]
 
 
 def maps_of(model, prompts, class_prompts, x0, X, rows, labels):
@@ -141,7 +139,8 @@ def score(config, clip, model, inputs):
     with torch.no_grad():
         prompts = model.prompts()
         class_prompts = embed.embed_texts(clip, [f"a photo of a {name}." for name in names], config.cache).to(device)
-    centre = -np.hypot(*np.meshgrid(*[(np.arange(POINTS) + 0.5) / POINTS - 0.5] * 2)).reshape(1, -1)
+    offset = (torch.arange(POINTS) + 0.5) / POINTS - 0.5
+    centre = -torch.hypot(offset, offset[:, None]).view(1, -1)
     batches = torch.arange(len(photos.photos)).split(32)
     for batch, (x0, X, truth) in zip(batches, sspa.batches_of(config, clip, photos, batches), strict=True):
         asked = []
@@ -154,14 +153,12 @@ def score(config, clip, model, inputs):
         at, present, absent, marks, near, area = (np.array(column) for column in zip(*asked, strict=True))
         labels, pixels, count = labels + present.tolist(), pixels + area.tolist(), len(at)
         pair = (torch.from_numpy(np.concatenate(two)).to(device) for two in ((at, at), (present, absent)))
-        maps = maps_of(model, prompts, F.normalize(class_prompts, dim=-1), x0, X, *pair)
+        maps = {CHANCE: 0 * centre.expand(2 * count, -1), CENTRE: centre.expand(2 * count, -1)}
+        maps |= maps_of(model, prompts, F.normalize(class_prompts, dim=-1), x0, X, *pair)
         for name, values in maps.items():
             peaks = values.amax(1).cpu().numpy()
             as_high = (peaks[count:] > peaks[:count]) + 0.5 * (peaks[count:] == peaks[:count])
             found[name].append(np.column_stack([judged(values[:count], marks, near), as_high]))
-        for name, plain in ((CHANCE, 0 * centre), (CENTRE, centre)):
-            both = judged(plain.repeat(count, 0), marks, near)
-            found[name].append(np.column_stack([both, np.full(count, 0.5)]))
     if not found:
         raise UsageError("no label of these photos has a box that CLIP sees")
     found = {name: np.concatenate(found[name]) for name in (CHANCE, CENTRE, *MAPS) if name in found}
@@ -172,8 +169,8 @@ def summary(values, labels, pixels):
     """values: [K, 3] of score -> percent; a size without a thing is None"""
     of_label = [values[labels == label].mean(0) for label in np.unique(labels)]
     numbers = dict(zip(("pointing", "pixel AP", "absent"), 100 * np.mean(of_label, 0), strict=True))
-    sizes = {"things": pixels >= 0, "small": pixels < SMALL, "medium": (pixels >= SMALL) & (pixels < MEDIUM),
-             "large": pixels >= MEDIUM}
+    sizes = {size: np.digitize(pixels, SIZES) == number for number, size in enumerate(("small", "medium", "large"))}
+    sizes["things"] = pixels >= 0
     return numbers | {size: 100 * values[some, 0].mean() if some.any() else None for size, some in sizes.items()}
 
 
@@ -226,20 +223,15 @@ def printed(models):
 
 
 def draw(models, path):
-    """Bars of the pointing game: a group for each map, a bar for each title, with one standard deviation."""
+    """Hits of each map, bars with one standard deviation over the seeds of the first title."""
     from matplotlib.figure import Figure
-    axes = (figure := Figure(figsize=(9, 4), dpi=110)).subplots()
-    titles, names = (list(dict.fromkeys(some)) for some in (
-        (model["title"] for model in models), (name for model in models for name in model["maps"])))
-    for number, title in enumerate(titles):
-        numbers = [[model["maps"][name]["pointing"] for model in models if model["title"] == title
-                    and name in model["maps"]] for name in names]
-        means, stds = zip(*(run.spread(some) if some else (0, 0) for some in numbers), strict=True)
-        axes.bar(np.arange(len(names)) + number * 0.8 / len(titles), means, 0.8 / len(titles), yerr=stds, label=title)
-    axes.set_xticks(np.arange(len(names)) + 0.4 - 0.4 / len(titles), [name.replace(" ", "\n", 1) for name in names])
-    axes.set(ylabel="pointing game, percent of hits")
+    figure = Figure(figsize=(9, 4), dpi=110)
+    axes, some = figure.subplots(), [model for model in models if model["title"] == models[0]["title"]]
+    means, stds = zip(*(run.spread([model["maps"][name]["pointing"] for model in some]) for name in some[0]["maps"]),
+                      strict=True)
+    axes.bar([name.replace(" ", "\n", 1) for name in some[0]["maps"]], means, yerr=stds, capsize=4)
+    axes.set(title=f"{some[0]['title']} on {some[0]['dataset']}, {len(some)} seeds", ylabel="pointing game, percent")
     axes.tick_params(axis="x", labelsize=7)
-    axes.legend(fontsize=6)
     figure.savefig(path, bbox_inches="tight")
 
 
@@ -249,7 +241,8 @@ def main(argv):
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     own, words = parser.parse_known_args(argv)
     config, device = run.set_up(run.parse(sspa.Config, words, ""))
-    began, paths = time.time(), sorted(own.checkpoint.glob("*.safetensors")) or [own.checkpoint]
+    began, paths = time.time(), list(own.checkpoint.glob("*.safetensors")) or [own.checkpoint]
+    paths.sort(key=lambda path: (not path.name.startswith("SSPA"), path.name))
     models = [localize(config, path, device) for path in paths]
     printed(models)
     data.write_json(own.output / "localize.json", {
