@@ -219,7 +219,7 @@ def printed(models):
                 mean, std = run.spread(numbers) if None not in numbers else (None, None)
                 cells.append("-" if mean is None else f"{mean:.1f}" + (f" ±{std:.1f}" if len(some) > 1 else ""))
             print(f"{name:<30}" + "".join(f"{cell:>14}" for cell in cells))
-        print()
+        print(f"seed {some[0]['seed']}, photos of median score: {some[0]['examples']}\n")
 
 
 def draw(models, path):

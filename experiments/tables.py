@@ -316,7 +316,7 @@ def demo(folder):
           f"{len(rp['seeds'])} (RP) and {len(sspa['seeds'])} (SSPA) seeds\n\n{'':<28}{'learnt from':<28}{'mAP %':>14}"
           f"{'CF1 %':>8}{'OF1 %':>8}\n{'zero-shot CLIP (cosine)':<28}{'nothing':<28}{sspa['zero_shot_mAP']:8.2f}")
     texts, photos = f"{rp['text_count']:,} sentences", f"{sspa['train_count']:,} labelled pictures"
-    for words, learnt, result in (("texts", texts, rp), ("CLIP's features", photos, sspa)):
+    for words, learnt, result in (("texts", texts, rp), ("features", photos, sspa)):
         print(f"{f'linear probe, {words}':<28}{learnt:<28}{result['linear_probe_mAP']:8.2f}")
     rows = [(label, texts, [run for run in rp["runs"] if run["noise_std"] == noise])
             for label, noise in (("RP, no noise", 0), ("RP, noise 0.15", 0.15))]

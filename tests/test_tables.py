@@ -68,6 +68,32 @@ def test_mean_and_sample_deviation(tmp_path):
         assert line in (tmp_path / "page.md").read_text(), line
 
 
+def test_maps_photos_and_labels_never_seen(tmp_path):
+    """Hits 10 and 14: 12, deviation sqrt(8). Labels 0 and 2 were seen: means of 20 and 40, 30 and 50 over two seeds."""
+    write_run(tmp_path, "sspa-scenes-ablations", [("none", 70.0), ("none", 72.0), ("no gate", 69.0)])
+    write_run(tmp_path, "sspa-scenes-100-photos", [("none", 50.0)])
+    models = [{"title": title, "asked": 9, "photos": 4, "maps": {name: {"pointing": hits} for name in tables.MAPS}}
+              for title, hits in (("SSPA", 10), ("SSPA", 14), ("no gate", 90))]
+    (tmp_path / "maps-scenes-ablations").mkdir()
+    (tmp_path / "maps-scenes-ablations/localize.json").write_text(json.dumps(
+        {"models": models, "command": "python Y", "commit": "c0ffee", "device": "CPU", "seconds": 6}))
+    labels = [{"zero_shot_ap": value, "trained": trained} for value, trained in ((10, True), (60, False), (12, True))]
+    write_run(tmp_path, "rp-scenes-unseen-1", [(0.15, 1.0), (0.15, 1.0)], per_class=labels)
+    path = tmp_path / "rp-scenes-unseen-1/metrics.json"
+    result = json.loads(path.read_text())
+    for run_, ap in zip(result["runs"], ([20, 70, 40], [30, 72, 50]), strict=True):
+        run_["ap"] = ap
+    path.write_text(json.dumps(result))
+    assert tables.main(["--runs", str(tmp_path), "--results", str(tmp_path / "page.md")]) is None
+    hits = " | ".join(["12.00 ± 2.83"] * 6)
+    for line in ("| SSPA | 71.00 ± 1.41 |  | 12.00 ± 2.83 | 12.00 ± 2.83 |",
+                 "| no gate | 69.00 | -2.00 | 90.00 | 90.00 |",
+                 f"| SSPA: frozen, 4,000, 8 | 71.00 ± 1.41 | {hits} |", "| linear probe of the same features | 55.50 |",
+                 "| RP, scenes, without third 2 | 35.00 ± 7.07 | 11.00 | 71.00 ± 1.41 | 60.00 |",
+                 "| maps-scenes-ablations | `python Y` | 9 things in 4 photos | c0ffee | CPU | 0.1 |"):
+        assert line in (tmp_path / "page.md").read_text(), line
+
+
 def test_a_missing_cell_holds_the_reason(tmp_path):
     """A run that was never finished, one that was refused (its old number is not shown), a damaged one."""
     write_run(tmp_path, "rp-scenes", [(0.15, 60.0), (0, 40.0)])
@@ -100,8 +126,12 @@ def test_every_line_of_the_list_can_be_typed(run_all):
     names, steps = {Path(line[-1]).name for line in lines}, set()
     assert len(lines) > len(names) > 70 and {"rp-ucm", "sspa-folder-tuned", "sspa-ucm-ablations", "rp-cost"} < names
     assert {line[2] for line in lines if line[1] == "experiments/benchmark.py"} <= set(benchmark.TABLES)
-    for _, script, *words in (line for line in lines if line[1] != "experiments/benchmark.py"):
-        config = run.parse({"adapter_rp.py": adapter_rp, "sspa.py": sspa}[script].Config, words, "")
+    scripts = {"adapter_rp.py": adapter_rp, "sspa.py": sspa, "experiments/localize.py": sspa}
+    assert {line[1] for line in lines} == {*scripts, "experiments/benchmark.py"}
+    for _, script, *words in (line for line in lines if line[1] in scripts):
+        config = run.parse(scripts[script].Config, words, "")
+        if "localize" in script:
+            continue
         assert (config.seed, config.gpu) == ((0, 7), 1) and (config.backbone == "RN50") == ("--dataset" in words)
         if config.output.endswith("-texts"):
             steps.add((bool(config.features), config.epochs * -(-config.text_count // config.batch_size)))
@@ -164,4 +194,5 @@ def test_help_mistakes_and_the_demos_table(run_all, tmp_path, capsys):
     tables.main(["--demo", str(tmp_path)])
     lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert {"zero-shot CLIP (cosine) nothing 50.25", "RP, noise 0.15 8,000 sentences 64.50 ±0.71 64.5 64.5",
+            "linear probe, texts 8,000 sentences 55.50", "linear probe, features 5,011 labelled pictures 55.50",
             "SSPA, image tower frozen 5,011 labelled pictures 67.50 ±0.71 67.5 67.5"} < lines
