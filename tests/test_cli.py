@@ -174,7 +174,7 @@ def trained(command, tmp_path_factory):
 
 OPTIONS = """dataset data-root policy labels unseen limit no-probe backbone pretrained resolution precision gpu cpu
     seed epochs batch-size lr impl workers cache output overwrite save-all checkpoint predict threshold top-k quiet
-    gamma-neg clip"""
+    gamma-neg clip focal-gradient"""
 OWN_OPTIONS = {RP: "features texts text-count noise-law noise-std normalize adapter head loss",
                SSPA: """descriptions photo-count tune-image context-length attention-scale no-dsf fusion
                quaternion-layers alignment no-gate aggregator temperature
