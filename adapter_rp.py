@@ -412,7 +412,7 @@ def load_inputs(config, clip, names, with_texts=True):
     if config.features:
         return load_features(config, names, with_texts)
     own, photos = data.label_names(config.dataset, config.data_root), None
-    if set(names) <= set(own):  # looked for first: missing data is said before minutes are spent on texts
+    if set(names) <= set(own) and ("dataset" in config.given or not config.labels):  # missing photos are said at once
         photos = data.load_photos(config.dataset, config.data_root, "test", config.limit, config.policy)
     texts, text_labels, texts_from = [], np.zeros((0, len(names)), np.int8), "none"
     if with_texts and config.texts:
@@ -426,7 +426,7 @@ def load_inputs(config, clip, names, with_texts=True):
         say(f"no training text has the labels {', '.join(never[:10])}: nothing can be learnt about them")
     label_embeddings = prompt_embeddings(config, clip, names)
     text_embeddings = embed.embed_texts(clip, texts, config.cache) if texts else label_embeddings[:0]
-    images, image_labels, policy = None, None, "no test photos: the dataset does not know these labels"
+    images, image_labels, policy = None, None, "no test photos: --labels without a --dataset that knows them"
     if photos is not None:
         images, kept = embed.embed_photos(clip, photos.photos, config.cache, workers=config.workers, quiet=config.quiet)
         image_labels = photos.labels[kept][:, [own.index(name) for name in names]]
@@ -520,13 +520,15 @@ def evaluate(config, adapter, inputs, device):
 
 
 def predict(config, adapter, names, clip, device, folder):
-    """Tags photos: one JSON line a photo on stdout, and a contact sheet in the folder."""
-    photos = [photo for path in config.predict for photo in data.list_photos(path)]
-    embeddings, kept = embed.embed_photos(clip, photos, config.cache, workers=config.workers, quiet=config.quiet)
+    """Tags photos, block by block."""
     labels = prompt_embeddings(config, clip, names).to(device)
-    logits = next(all_logits(adapter, prepared(config, embeddings.to(device)), labels))
-    if run.RANK == 0:
-        run.write_tags(config, [photos[row] for row in kept], names, torch.sigmoid(logits).cpu().numpy(), folder)
+
+    def scored(photos):
+        for rows, tensors in embed.stream_photos(clip, photos, cache=config.cache, workers=config.workers,
+                                                 quiet=config.quiet):
+            x = prepared(config, tensors["embeddings"].to(device))
+            yield rows, torch.sigmoid(next(all_logits(adapter, x, labels))).cpu().numpy()
+    run.tag(config, [photo for path in config.predict for photo in data.list_photos(path)], names, scored, folder)
 
 
 # --- main -------------------------------------------------------------------------------------------------------------

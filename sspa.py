@@ -852,15 +852,17 @@ def evaluate(config, clip, model, inputs, device):
 
 # --- predict and explain ----------------------------------------------------------------------------------------------
 def predict(config, clip, model, names, device, folder):
-    """Tags photos: one JSON line a photo on stdout, and a contact sheet in the folder."""
-    paths = [photo for path in config.predict for photo in data.list_photos(path)]
-    photos = Photos(paths, torch.zeros(len(paths), len(names), dtype=torch.int8), None, None, "")
-    scores, _, _, readable = score(config, clip, model, photos, device)
-    rows = np.flatnonzero(readable)
-    if not len(rows):
-        raise UsageError("no photo could be read; check the files named above")
-    if run.RANK == 0:
-        run.write_tags(config, [paths[row] for row in rows], names, scores[rows], folder)
+    """Tags photos, block by block."""
+    def encode(images):
+        prediction = model(*image_features(clip.model.visual, images), prompts=prompts)
+        return {"scores": branch_scores(config.branches, *prediction[:2])}
+
+    def scored(photos):
+        for rows, tensors in embed.stream_photos(clip, photos, "", encode, None, config.workers, config.quiet):
+            yield rows, tensors["scores"].numpy()
+    with torch.no_grad(), embed.autocast(device, config.precision):
+        prompts = model.prompts()
+    run.tag(config, [photo for path in config.predict for photo in data.list_photos(path)], names, scored, folder)
 
 
 @torch.no_grad()

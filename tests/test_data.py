@@ -98,7 +98,9 @@ READ = {"labels.txt": data.read_labels, "d.json": lambda path: data.descriptions
     ("labels.csv", "f,dog\na.png,2\n", r"line 2 \(a.png, 2\)"), ("labels.csv", "", "holds no label"),
     ("labels.csv", "f,dog\na.png,1\n\nc.png\n", r"line 4 \(c.png\) is not 2"), ("labels.json", "[]", "form"),
     ("labels.csv", "f,dog\n", "no photo is in the train part"), ("labels.csv", "f,dog,dog\na.png,1,0\n", "the header"),
-    ("labels.csv", "f,dog,Dog\na.png,1,0\n", "stands twice"), ("labels.csv", "a.png,1\nb.png,0\n", "first line must"),
+    ("labels.csv", "f,dog,Dog\na.png,1,0\n", "stands twice"),
+    ("labels.csv", "f,dog\na.png,1\nb.png,0\na.png,0\n", "a.png stands twice"),
+    ("labels.csv", "a.png,1\nb.png,0\n", "first line must"),
     ("labels.csv", "f,dog,split\na.png,1,x\n", "test, not 'x'"), ("labels.json", '{"a.png": "dog"}', "form"),
     ("labels.csv", "f,dog\nz.png,1\n", "none of its 1 photos .*expected"), ("labels.json", '{"a.png": [1]}', "form")])
 def test_mistakes_in_files(tmp_path, name, content, reason):
@@ -162,10 +164,12 @@ def test_descriptions(tmp_path, capsys):
     assert data.descriptions_of("x", ["dog"], write(path, '{"dog": "It barks."}')) == {"dog": "It barks."}
 
 
-def test_photos(tmp_path):
+def test_photos(tmp_path, capsys):
     photos(tmp_path, "b.PNG", "deep/c.jpeg", ".hidden.png", ".hidden/d.png")
+    (tmp_path / "phone.HEIC").touch()
     notes = write(tmp_path / "notes/notes.txt", "no photo")
     assert data.list_photos(tmp_path) == [tmp_path / "b.PNG", tmp_path / "deep/c.jpeg"]
+    assert "1 .heic photos are left out" in capsys.readouterr().err
     assert data.list_photos(notes) == [notes]  # asked for by name
     for path in (tmp_path / "nowhere", notes.parent):
         with pytest.raises(UsageError, match=f"^photos {path}: no "):
@@ -176,6 +180,10 @@ def test_photos(tmp_path):
     assert data.open_photo(tmp_path / "phone.jpg").size == (20, 40)
     Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
     assert data.open_photo(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)  # 40000 / 256
+    for kind in (np.int32, np.float32):
+        Image.fromarray(np.full((4, 4), 40000, kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(ValueError, match="32 bits a pixel"):
+            data.open_photo(tmp_path / "deep.tif")
 
 
 @pytest.mark.parametrize("change, reason", [
