@@ -731,11 +731,9 @@ def check(dataset, root, policy=()):
                 open_photo(found.photos[row])
             except Exception as error:  # Pillow raises many kinds
                 wrong.append(f"{split}: {found.photos[row]} cannot be read ({error})")
-    train, test = (set(found.photos) for found in parts.values())
-    if dataset == "folder" and (spare := sorted(set(list_photos(root)) - train - test)):
+    labelled = {photo for found in parts.values() for photo in found.photos}
+    if dataset == "folder" and (spare := sorted(set(list_photos(root)) - labelled)):
         wrong.append(f"{len(spare):,} photos of the folder without labels (first: {spare[0]})")
-    if both := train & test:
-        wrong.append(f"{len(both):,} photos are in both parts (first: {min(both)})")
     print(f"\n{f'{len(names)} labels, positives':<42}{'train':>9}{'test':>9}")
     for name, *counts in zip(names, *positives, strict=True):
         print(f"{name[:40]:<42}{counts[0]:>9,}{counts[1]:>9,}")
