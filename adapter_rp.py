@@ -32,8 +32,10 @@ changes it:
     D5  HIDDEN                H = 2 D                                                                           [choice]
     D6  --head per-label      a classifier a label; label-embedding: cosine of the adapted embedding (with a residual
                               connection) with the label's text embedding, learned scale, bias; open to labels  [choice]
-    D7  --loss asymmetric --gamma-neg 4 --clip 0, GAMMA_POS, MARGIN    exponents [author]; bce, ranking [field]; through
-                              the focusing weights too, summed over labels, averaged over the batch             [choice]
+    D7  --loss asymmetric --gamma-neg 4 --clip 0, GAMMA_POS, MARGIN    exponents [author]; bce, ranking [field];
+                              summed over labels, averaged over the batch; --focal-gradient full: through the focusing
+                              weights too, as timm and ASL's optimized class; stopped there by ASL's default class,
+                              TaI-DPT, CoMC, Query2Label and RAM [author]                                       [choice]
     D8  --lr 1e-3 --epochs 30 --batch-size 512, WEIGHT_DECAY    AdamW, cosine to 0; starting values, no search  [choice]
     D9  PROMPT                "a photo of a {name}.", for the zero-shot baseline and label embeddings            [field]
 
@@ -87,6 +89,8 @@ class Config(run.Options):
     loss: str = option("asymmetric", "[author D7]", choices=("asymmetric", "bce", "ranking"))
     gamma_neg: float = option(4.0, "[author D7] focusing exponent of absent labels", at_least=0)
     clip: float = option(0.0, "[author D7] subtracted from the probability of absent labels", at_least=0, below=1)
+    focal_gradient: str = option("full", "[choice D7] through the loss's focusing weights too; stopped [author]",
+                                 choices=("full", "stopped"))
     lr: float = option(1e-3, "[choice D8] AdamW, cosine to 0", above=0)
     epochs: int = option(30, "[choice D8]", at_least=1)
     batch_size: int = option(512, "[choice D8] texts a step", at_least=1)
@@ -190,48 +194,59 @@ class Adapter(nn.Module):
 # --- RP: losses -------------------------------------------------------------------------------------------------------
 # Summed over labels, averaged over the batch (the last axis but one); over a leading run axis they add up, so that each
 # run's gradient is its own. Targets: 1 present, 0 absent, -1 ignored.
-def asymmetric_loss_reference(logits, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0):
-    """Asymmetric loss, differentiated through its weights too.  [author D7]
+def _integers(targets):
+    if targets.ndim < 2 or targets.is_floating_point():
+        raise ValueError(f"targets must be integers or bool, [..., B, C]: not {targets.dtype}, {list(targets.shape)}")
+    return targets
+
+
+def asymmetric_loss_reference(logits, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
+    """Asymmetric loss. focal_gradient: "full", through its weights too, or "stopped".  [author D7]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
-    logits: [..., B, C]; targets: same shape, 1, 0 or -1 -> scalar. Finite at z = +-1e4.
+    logits: [..., B, C]; targets: same shape, 1, 0 or -1 -> scalar. Finite at z = +-1e4. ValueError for other targets.
     """
+    targets, logits = _integers(targets), logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums overflow
     tiny = torch.finfo(logits.dtype).tiny  # keeps 0^(gamma-1) out of the backward pass; the log beside it is 0 there
-    present = -torch.sigmoid(-logits).clamp_min(tiny) ** gamma_pos * F.logsigmoid(logits)
     q = (torch.sigmoid(logits) - clip).clamp_min(tiny)
+    weights = torch.sigmoid(-logits).clamp_min(tiny) ** gamma_pos, q ** gamma_neg
+    of_present, of_absent = (weight.detach() if focal_gradient == "stopped" else weight for weight in weights)
     log_clip = logits.new_tensor(clip).log()
     log_one_minus_q = torch.logaddexp(F.logsigmoid(-logits), log_clip).clamp_max(0)         # log min(1 - p + clip, 1)
-    absent = -q ** gamma_neg * log_one_minus_q
+    present, absent = -of_present * F.logsigmoid(logits), -of_absent * log_one_minus_q
     return torch.where(targets == 1, present, torch.where(targets == 0, absent, 0)).sum() / logits.shape[-2]
 
 
-def _asymmetric_in_place(z, targets, gamma_neg, gamma_pos, clip):
+def _asymmetric_in_place(z, targets, gamma_neg, gamma_pos, clip, focal_gradient):
     """Sum of the asymmetric loss of contiguous logits z, which are overwritten by d loss / d z.
 
     Every entry is first taken for absent; the few others are moved to -inf, where an absent label costs nothing, and
     written over at the end. With q = max(p - clip, 0) and dp/dz = p (1-p):
         absent:   d/dz = q^gamma- (1/(1-q) - gamma- log(1-q)/q) p (1-p);  clip 0:  p^gamma- (p - gamma- (1-p) log(1-p))
         present:  d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
+    Stopped, the terms with a gamma before a logarithm are left out.
     """
-
+    full = focal_gradient == "full"
     others = targets.reshape(-1).nonzero()[:, 0]                                 # present or ignored
     is_present, z_others = targets.reshape(-1)[others] == 1, z.view(-1)[others]
     z.view(-1)[others] = -math.inf
     p = torch.sigmoid(z)
     if clip == 0:
         q, log_one_minus_q = p, F.logsigmoid(z.neg_())
-        slope = torch.addcmul(p, torch.sub(p, 1, out=z), log_one_minus_q, value=gamma_neg, out=z)
+        slope = torch.addcmul(p, torch.sub(p, 1, out=z), log_one_minus_q, value=gamma_neg, out=z) if full else p
     else:
         q = (p - clip).clamp_min_(0)
         log_one_minus_q = torch.log1p(-q)                                        # 1 - q >= clip: no overflow
-        slope = 1 / (1 - q) - gamma_neg * log_one_minus_q / q.clamp_min(torch.finfo(q.dtype).tiny)
+        slope = 1 / (1 - q)
+        if full:
+            slope -= gamma_neg * log_one_minus_q / q.clamp_min(torch.finfo(q.dtype).tiny)
         slope.mul_(p).mul_(torch.sigmoid(-z)).masked_fill_(q == 0, 0)
     weight = (q ** (gamma_neg / 2)).square_()  # products at the usual exponents 0, 2 and 4, where pow would be slow
     loss = -torch.dot(weight.view(-1), log_one_minus_q.view(-1))
     torch.mul(slope, weight, out=z)
     log_p, one_minus_p = F.logsigmoid(z_others), torch.sigmoid(-z_others)
     weight = (one_minus_p ** (gamma_pos / 2)).square_() * is_present             # ignored entries: 0
-    z.view(-1)[others] = weight * (gamma_pos * torch.sigmoid(z_others) * log_p - one_minus_p)
+    z.view(-1)[others] = weight * (full * gamma_pos * torch.sigmoid(z_others) * log_p - one_minus_p)
     return loss - (weight * log_p).sum()
 
 
@@ -249,12 +264,13 @@ class _AsymmetricLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad, None, None, None, None
+        return ctx.saved_tensors[0] * grad, *[None] * 5
 
 
-def asymmetric_loss_fused(logits, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0):
+def asymmetric_loss_fused(logits, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
     """Same as asymmetric_loss_reference. Loss and gradient in one pass over cache-sized blocks."""
-    return _AsymmetricLoss.apply(logits, targets, gamma_neg, gamma_pos, clip)
+    targets, logits = _integers(targets), logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _AsymmetricLoss.apply(logits, targets, gamma_neg, gamma_pos, clip, focal_gradient)
 
 
 def bce_loss_reference(logits, targets):
@@ -283,10 +299,12 @@ def ranking_loss_fused(logits, targets, margin=MARGIN):
     lead = logits.gather(-1, column)[..., :, None] - logits[..., None, :]
     return (torch.relu(margin - lead) * pairs).sum() / logits.shape[-2]
 # --- RP: classifiers and loss together, the hot path ------------------------------------------------------------------
-def classifier_loss_reference(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0):
+def classifier_loss_reference(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0,
+                              focal_gradient="full"):
     """Asymmetric loss of hidden W^T + b, runs added up.
     hidden: [R, B, H]; weight: [R, C, H]; bias: [R, C]; targets: [R, B, C] -> scalar"""
-    return asymmetric_loss_reference(hidden @ weight.mT + bias[:, None], targets, gamma_neg, gamma_pos, clip)
+    logits = hidden @ weight.mT + bias[:, None]
+    return asymmetric_loss_reference(logits, targets, gamma_neg, gamma_pos, clip, focal_gradient)
 
 
 class _ClassifierLoss(torch.autograd.Function):
@@ -317,13 +335,14 @@ class _ClassifierLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         unit = grad.item() == 1  # the usual case: spare a pass over the largest tensor
-        return *(slope if slope is None or unit else slope * grad for slope in ctx.saved_tensors), *[None] * 4
+        return *(slope if slope is None or unit else slope * grad for slope in ctx.saved_tensors), *[None] * 5
 
 
-def classifier_loss_fused(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0):
+def classifier_loss_fused(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0,
+                          focal_gradient="full"):
     """Same as classifier_loss_reference. B x C logits, probabilities and gradients never exist: a chunk of labels is
     multiplied out, turned in place into its own gradient, and multiplied into those of hidden, weight and bias."""
-    return _ClassifierLoss.apply(hidden, weight, bias, targets, gamma_neg, gamma_pos, clip)
+    return _ClassifierLoss.apply(hidden, weight, bias, _integers(targets), gamma_neg, gamma_pos, clip, focal_gradient)
 
 
 def text_loss(config, adapter, x, targets, label_embeddings):
@@ -334,7 +353,7 @@ def text_loss(config, adapter, x, targets, label_embeddings):
     if config.loss == "ranking":
         ranking_loss = ranking_loss_fused if fused else ranking_loss_reference
         return ranking_loss(hidden @ weight.mT + bias[:, None], targets, MARGIN)
-    exponents = (0.0, 0.0, 0.0) if config.loss == "bce" else (config.gamma_neg, GAMMA_POS, config.clip)
+    exponents = (config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient) if config.loss != "bce" else (0, 0, 0)
     classifier_loss = classifier_loss_fused if fused else classifier_loss_reference
     return classifier_loss(hidden, weight, bias, targets, *exponents)
 
@@ -393,7 +412,7 @@ def load_inputs(config, clip, names, with_texts=True):
     if config.features:
         return load_features(config, names, with_texts)
     own, photos = data.label_names(config.dataset, config.data_root), None
-    if set(names) <= set(own):  # looked for first: missing data is said before minutes are spent on texts
+    if set(names) <= set(own) and ("dataset" in config.given or not config.labels):  # missing photos are said at once
         photos = data.load_photos(config.dataset, config.data_root, "test", config.limit, config.policy)
     texts, text_labels, texts_from = [], np.zeros((0, len(names)), np.int8), "none"
     if with_texts and config.texts:
@@ -407,7 +426,7 @@ def load_inputs(config, clip, names, with_texts=True):
         say(f"no training text has the labels {', '.join(never[:10])}: nothing can be learnt about them")
     label_embeddings = prompt_embeddings(config, clip, names)
     text_embeddings = embed.embed_texts(clip, texts, config.cache) if texts else label_embeddings[:0]
-    images, image_labels, policy = None, None, "no test photos: the dataset does not know these labels"
+    images, image_labels, policy = None, None, "no test photos: --labels without a --dataset that knows them"
     if photos is not None:
         images, kept = embed.embed_photos(clip, photos.photos, config.cache, workers=config.workers, quiet=config.quiet)
         image_labels = photos.labels[kept][:, [own.index(name) for name in names]]
@@ -444,7 +463,7 @@ def train(config, inputs, device, folder):
         adapter.bias.data.fill_(math.log(0.1 / 0.9) - 20 * cosine)  # mean probability 0.1 at the start
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY, fused=fused)
     sigma = strengths[0] if len(strengths) == 1 else torch.tensor(strengths, device=device)[:, None, None]   # [K, 1, 1]
-    steps = -(-count // config.batch_size)
+    steps, noise_law = -(-count // config.batch_size), config.noise_law if any(strengths) else "none"  # 0 draws nothing
     log = run.load_resume(folder / "resume.pt", "adapter", adapter.state_dict(), optimiser)
     bar = tqdm(range(len(log), config.epochs), initial=len(log), total=config.epochs, desc="training", unit="epoch",
                disable=config.quiet or None)
@@ -458,7 +477,7 @@ def train(config, inputs, device, folder):
             for group in optimiser.param_groups:
                 group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * progress))
             rows = [order[step * config.batch_size:(step + 1) * config.batch_size] for order in orders]
-            x = torch.cat([perturb(texts[row][None], sigma, config.noise_law, mean_norm, generator)          # [K, B, D]
+            x = torch.cat([perturb(texts[row][None], sigma, noise_law, mean_norm, generator)                 # [K, B, D]
                            for row, generator in zip(rows, generators, strict=True)])                        # [R, B, D]
             targets = text_labels[torch.stack(rows)].repeat_interleave(len(strengths), 0)                    # [R, B, C]
             optimiser.zero_grad()
@@ -501,13 +520,15 @@ def evaluate(config, adapter, inputs, device):
 
 
 def predict(config, adapter, names, clip, device, folder):
-    """Tags photos: one JSON line a photo on stdout, and a contact sheet in the folder."""
-    photos = [photo for path in config.predict for photo in data.list_photos(path)]
-    embeddings, kept = embed.embed_photos(clip, photos, config.cache, workers=config.workers, quiet=config.quiet)
+    """Tags photos, block by block."""
     labels = prompt_embeddings(config, clip, names).to(device)
-    logits = next(all_logits(adapter, prepared(config, embeddings.to(device)), labels))
-    if run.RANK == 0:
-        run.write_tags(config, [photos[row] for row in kept], names, torch.sigmoid(logits).cpu().numpy(), folder)
+
+    def scored(photos):
+        for rows, tensors in embed.stream_photos(clip, photos, cache=config.cache, workers=config.workers,
+                                                 quiet=config.quiet):
+            x = prepared(config, tensors["embeddings"].to(device))
+            yield rows, torch.sigmoid(next(all_logits(adapter, x, labels))).cpu().numpy()
+    run.tag(config, [photo for path in config.predict for photo in data.list_photos(path)], names, scored, folder)
 
 
 # --- main -------------------------------------------------------------------------------------------------------------

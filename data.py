@@ -17,6 +17,7 @@ import re
 import sys
 import unicodedata
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -27,7 +28,7 @@ from scipy.io import loadmat
 import scenes
 
 ASSETS = Path(__file__).parent / "assets"
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class UsageError(Exception):
@@ -303,9 +304,13 @@ class LabelledPhotos(NamedTuple):
 def list_photos(path):
     """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted Paths. Raises UsageError."""
     path = Path(path)
-    photos = [path] if path.is_file() else sorted(
-        photo for photo in path.rglob("*") if photo.suffix.lower() in PHOTO_SUFFIXES and photo.is_file()
-        and not any(part.startswith(".") for part in photo.relative_to(path).parts))
+    known = (*PHOTO_SUFFIXES, ".heic", ".heif")
+    found = [path] if path.is_file() else sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts))
+    photos = [file for file in found if path.is_file() or file.suffix.lower() in PHOTO_SUFFIXES]
+    if len(photos) < len(found):
+        say(f"{path}: {len(found) - len(photos)} .heic photos are left out, which Pillow does not read; convert them")
     if not photos:
         reason = "no photo in this folder" if path.is_dir() else "no such file or folder"
         raise UsageError(f"photos {path}: {reason}; photos end in {' '.join(PHOTO_SUFFIXES)}")
@@ -320,6 +325,8 @@ def open_photo(photo):
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel; convert it to 8 or 16")
         return image.convert("RGB")
 
 
@@ -434,6 +441,8 @@ def read_table(path, dataset=None):
                     files.append(row[0])
             except (IndexError, KeyError, ValueError):
                 raise ValueError(f"line {number} ({', '.join(row)[:50]}) is not {len(header)} such cells") from None
+        if len(set(files)) < len(files):
+            raise ValueError(f"{Counter(files).most_common(1)[0][0]} stands twice")
         return files, names, np.array(labels, np.int8).reshape(-1, len(names)), splits if split else None
     return read_stored(path, "labels", read, "cells are a file, then each label's 1, 0 or -1; JSON is {file: [labels]}")
 
@@ -722,11 +731,9 @@ def check(dataset, root, policy=()):
                 open_photo(found.photos[row])
             except Exception as error:  # Pillow raises many kinds
                 wrong.append(f"{split}: {found.photos[row]} cannot be read ({error})")
-    train, test = (set(found.photos) for found in parts.values())
-    if dataset == "folder" and (spare := sorted(set(list_photos(root)) - train - test)):
+    labelled = {photo for found in parts.values() for photo in found.photos}
+    if dataset == "folder" and (spare := sorted(set(list_photos(root)) - labelled)):
         wrong.append(f"{len(spare):,} photos of the folder without labels (first: {spare[0]})")
-    if both := train & test:
-        wrong.append(f"{len(both):,} photos are in both parts (first: {min(both)})")
     print(f"\n{f'{len(names)} labels, positives':<42}{'train':>9}{'test':>9}")
     for name, *counts in zip(names, *positives, strict=True):
         print(f"{name[:40]:<42}{counts[0]:>9,}{counts[1]:>9,}")

@@ -27,7 +27,7 @@ import scenes
 from data import UsageError, say
 
 WEIGHTS = Path(__file__).parent / "weights"  # where weights fetched by hand may be put: <backbone>.<tag>.safetensors
-BLOCK = 4096  # texts or photos in a cache file; an interrupted run loses at most one of them
+TEXTS, PHOTOS = 4096, 64  # in a cache file; an interrupted run loses at most one of them
 say_once = functools.cache(say)
 
 
@@ -228,23 +228,25 @@ def decoded(clip, photos, batches, workers, augment=None, naming=True):
         yield torch.from_numpy(images), torch.tensor([reason is None for reason in wrong])
 
 
-def _cached(cache, kind, key_parts, compute, block):
-    """compute(block) -> dict of tensors, kept in <cache>/<kind>-<hash of key_parts>.safetensors. Written atomically: a
-    file is whole whatever is killed. A damaged one is made anew, a cache that cannot be written is done without."""
-    if not cache:
-        return compute(block)
+def _cache_file(cache, kind, key_parts):
     digest = hashlib.blake2b("\0".join(key_parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    path = Path(cache) / f"{kind}-{digest}.safetensors"
-    if os.path.exists(path):
+    return Path(cache) / f"{kind}-{digest}.safetensors" if cache else None
+
+
+def _cached(path, compute):
+    """compute() -> dict of tensors, kept in the file at path (None: nowhere). Written atomically: a file is whole
+    whatever is killed. A damaged one is made anew, a cache that cannot be written is done without."""
+    if path and path.exists():
         try:
             return data.read_stored(path, "cache file", safetensors.torch.load_file, "made anew")
         except UsageError as error:
             say(str(error))
-    tensors = compute(block)
+    tensors = compute()
     try:
-        data.write_atomically(path, safetensors.torch.save(tensors))
+        if path:
+            data.write_atomically(path, safetensors.torch.save(tensors))
     except UsageError as error:
-        say(f"cache {cache}: not written, going on without ({error})")
+        say_once(f"cache {path.parent}: not written, going on without ({error})")
     return tensors
 
 
@@ -269,8 +271,10 @@ def embed_texts(clip, texts, cache=None, batch_size=256):
             rows = [clip.model.encode_text(clip.tokenizer(batch).to(device)).float().cpu() for batch in batches]
         return {"embeddings": torch.cat(rows)}
 
-    identity, blocks = [clip.key, clip.precision], [texts[start:start + BLOCK] for start in range(0, len(texts), BLOCK)]
-    return torch.cat([_cached(cache, "texts", [*identity, *block], compute, block)["embeddings"] for block in blocks])
+    blocks = [texts[start:start + TEXTS] for start in range(0, len(texts), TEXTS)]
+    files = [_cache_file(cache, "texts", [clip.key, clip.precision, *block]) for block in blocks]
+    return torch.cat([_cached(file, functools.partial(compute, block))["embeddings"]
+                      for file, block in zip(files, blocks, strict=True)])
 
 
 def _photo_identity(photo):
@@ -282,58 +286,67 @@ def _photo_identity(photo):
 
 
 @torch.no_grad()
-def _embed(clip, photos, kind, encode, cache, block_size, batch_size, workers, quiet):
-    """encode: images [b, 3, H, W] -> dict of tensors [b, ...]. -> (the same dict of readable photos, their indices).
-    Under torchrun the blocks are divided among the processes of a machine and read back from the cache."""
-    device = clip.model.logit_scale.device
+def stream_photos(clip, photos, kind="photos", encode=None, cache=None, workers=2, quiet=False):
+    """Photos through the image tower, block by block, in their order. encode: images [b, 3, H, W] -> dict of tensors
+    [b, ...]; None: {"embeddings": of encode_image}. -> iterator over (indices of a block's readable photos, the dict of
+    their tensors, on the CPU). What cannot be read is named at the end. A block is in the cache as soon as it is done.
+    Under torchrun the blocks are divided among the processes of a machine, and read back from the cache."""
+    device, bad = clip.model.logit_scale.device, []
+    encode = encode or (lambda images: {"embeddings": clip.model.encode_image(images).float()})
+    blocks = [range(start, min(start + PHOTOS, len(photos))) for start in range(0, len(photos), PHOTOS)]
+    keys = ([clip.key, clip.precision, *(_photo_identity(photos[row]) for row in block)] for block in blocks)
+    files = {block: _cache_file(cache, kind, key) for block, key in zip(blocks, keys, strict=True)}
     bar = tqdm(total=len(photos), desc="embedding photos", unit="photo", disable=quiet or not sys.stderr.isatty())
 
-    def compute(block):
-        found = {}
-        batches = [range(len(block))[start:start + batch_size] for start in range(0, len(block), batch_size)]
-        for images, readable in decoded(clip, block, batches, workers, naming=False):
-            with autocast(device, clip.precision):
-                encoded = encode(images.to(device))
-            for name, tensor in encoded.items():
-                found.setdefault(name, []).append(tensor.cpu()[readable])
-            found.setdefault("readable", []).append(readable)
-            bar.update(len(images))
-        return {name: torch.cat(tensors) for name, tensors in found.items()}
+    def encoded(blocks):
+        fresh = dict.fromkeys(block for block in blocks if not (files[block] and files[block].exists()))
+        images_of = decoded(clip, photos, fresh, workers, naming=False)
 
-    blocks = [photos[start:start + block_size] for start in range(0, len(photos), block_size)]
-    work = [(cache, kind, [clip.key, clip.precision, *map(_photo_identity, block)], compute, block) for block in blocks]
+        def compute(block):
+            again = decoded(clip, photos, [block], 0, naming=False)  # of a damaged cache file
+            images, readable = next(images_of if block in fresh else again)
+            with autocast(device, clip.precision):
+                tensors = encode(images.to(device))
+            return {name: tensor.cpu()[readable] for name, tensor in tensors.items()} | {"readable": readable}
+        for block in blocks:
+            yield block, _cached(files[block], functools.partial(compute, block))
+            bar.update(len(block))
+
     if torch.distributed.is_initialized() and cache:
-        for share in work[int(os.environ["LOCAL_RANK"])::int(os.environ["LOCAL_WORLD_SIZE"])]:
-            _cached(*share)
+        for _ in encoded(blocks[int(os.environ["LOCAL_RANK"])::int(os.environ["LOCAL_WORLD_SIZE"])]):
+            pass
         torch.distributed.barrier()
-    parts = [_cached(*block) for block in work]
+    for block, tensors in encoded(blocks):
+        readable = tensors.pop("readable").numpy()
+        bad += [str(photos[row]) for row in np.array(block)[~readable]]
+        yield np.array(block)[readable], tensors
     bar.close()
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    readable = tensors.pop("readable")
-    bad = [str(photos[row]) for row in (~readable).nonzero()[:, 0].tolist()]
     if bad:
         say(f"{len(bad)} of {len(photos)} photos could not be read: {', '.join([*bad[:20], '...'][:len(bad)])}")
-    if len(bad) == len(photos):
+
+
+def _joined(blocks):
+    """What stream_photos gives -> ({name: tensor of all}, indices [K]). Raises UsageError if no photo could be read."""
+    kept, parts = zip(*blocks, strict=True)
+    if not sum(map(len, kept)):
         raise UsageError("no photo could be read; check the files named above")
-    return tensors, readable.nonzero()[:, 0].numpy()
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, np.concatenate(kept)
 
 
-def embed_photos(clip, photos, cache=None, batch_size=64, workers=2, quiet=False):
+def embed_photos(clip, photos, cache=None, workers=2, quiet=False):
     """Global image embeddings, raw. photos: paths or scenes' (split, index). A photo that cannot be read is named and
     left out. -> (float32 [K, D] on the CPU, indices [K] of those that were read). Raises UsageError if none was."""
-    def encode(images):
-        return {"embeddings": clip.model.encode_image(images).float()}
-    tensors, kept = _embed(clip, photos, "photos", encode, cache, BLOCK, batch_size, workers, quiet)
+    tensors, kept = _joined(stream_photos(clip, photos, cache=cache, workers=workers, quiet=quiet))
     return tensors["embeddings"], kept
 
 
-def embed_regions(clip, photos, image_features, cache=None, batch_size=32, workers=2, quiet=False):
+def embed_regions(clip, photos, image_features, cache=None, workers=2, quiet=False):
     """Global and region features, raw. image_features: (image tower, images) -> (x0 [b, D], X [b, M, D]).
     -> (float32 [K, D], float16 [K, M, D], indices [K] of the photos that were read); otherwise as embed_photos."""
     def encode(images):
         embeddings, regions = image_features(clip.model.visual, images)
         return {"embeddings": embeddings.float(), "regions": regions.half()}
-    tensors, kept = _embed(clip, photos, "regions", encode, cache, BLOCK // 8, batch_size, workers, quiet)
+    tensors, kept = _joined(stream_photos(clip, photos, "regions", encode, cache, workers, quiet))
     return tensors["embeddings"], tensors["regions"], kept
 
 

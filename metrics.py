@@ -1,7 +1,8 @@
 """Metrics of multi-label recognition for many classes at once; scikit-learn is the oracle in the tests.
 
 N images, C labels. Scores are any real numbers for average precision, probabilities for the F1 family. Labels are 1
-present, 0 absent, -1 ignored (left out of that class only). Fractions in average_precision, percent everywhere else.
+present, 0 absent, -1 ignored (left out of that class only); VOC's own files have it otherwise (1, -1 absent, 0
+difficult): turn such labels first. Fractions in average_precision, percent everywhere else.
 
 >>> import numpy as np, metrics
 >>> scores, labels = np.array([[0.9, 0.2], [0.8, 0.7], [0.1, 0.6]]), np.array([[1, 0], [0, 1], [1, -1]])
@@ -12,12 +13,14 @@ Definitions (field): average precision as scikit-learn's average_precision_score
 2012 devkit; CP, CR, CF1, OP, OR, OF1 as in CNN-RNN (Wang et al., CVPR 2016) and its followers; attribute metrics as in
 RAP (Li et al., 2016).
 """
+import warnings
+
 import numpy as np
 
 BLOCK = 2 ** 22  # entries of scores sorted at once, so that memory stays bounded when N x C is large
 
 
-def _check(scores, labels):
+def _check(scores, labels, thresholded=False):
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or scores.shape != labels.shape:
         raise ValueError(f"scores and labels must both be [N, C]; got {scores.shape} and {labels.shape}")
@@ -26,6 +29,10 @@ def _check(scores, labels):
     in_range = not labels.size or labels.min() >= -1 and labels.max() <= 1
     if not in_range or labels.dtype.kind == "f" and (labels != np.round(labels)).any():
         raise ValueError("labels must be 1 (present), 0 (absent) or -1 (ignored)")
+    if thresholded and scores.size and not 0 <= scores.min() <= scores.max() <= 1:
+        raise ValueError("scores that are thresholded must be probabilities, 0 to 1; take the sigmoid of logits")
+    if labels.size and labels.min() == -1 and (labels.min(0) == -1)[~(labels == 0).any(0) & (labels.max(0) == 1)].any():
+        warnings.warn("a class has labels 1 and -1 but no 0: here -1 is ignored and 0 absent", stacklevel=3)
     return scores, labels
 
 
@@ -87,15 +94,16 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     F1 of scikit-learn or torchmetrics (a mean of F1s). OP, OR, OF1: of the sums. Raises ValueError on bad shapes or
     values, or top_k outside 1..C.
     """
-    scores, labels = _check(scores, labels)
+    scores, labels = _check(scores, labels, thresholded=top_k is None)
     classes = scores.shape[1]
     if top_k is None:
         predicted = scores > threshold
     else:
         if not 1 <= top_k <= classes:
             raise ValueError(f"top_k must lie in 1..{classes}, got {top_k}")
+        order = scores.astype(np.result_type(scores, np.float32))  # the minus of an unsigned number wraps around
         predicted = np.zeros(scores.shape, bool)
-        np.put_along_axis(predicted, np.argsort(-scores, axis=1, kind="stable")[:, :top_k], True, axis=1)
+        np.put_along_axis(predicted, np.argsort(-order, axis=1, kind="stable")[:, :top_k], True, axis=1)
     hit = (predicted & (labels == 1)).sum(0).astype(np.float64)
     claimed = (predicted & (labels >= 0)).sum(0).astype(np.float64)
     present = (labels == 1).sum(0).astype(np.float64)
@@ -116,7 +124,7 @@ def attribute_metrics(scores, labels, threshold=0.5):
     |G and P| / |G or P|, / |P|, / |G| (0 where the divisor is 0); F1 is the harmonic mean of the averaged precision and
     recall. Ignored entries count nowhere. Raises ValueError as the others.
     """
-    scores, labels = _check(scores, labels)
+    scores, labels = _check(scores, labels, thresholded=True)
     present, absent = labels == 1, labels == 0
     predicted = scores > threshold
     positives, negatives = present.sum(0), absent.sum(0)

@@ -95,6 +95,9 @@ class Options:
     checkpoint: str = option(None, "a trained model: it is scored, or used by --predict", "running", metavar="FILE")
     predict: tuple = option((), "photos or folders that --checkpoint shall tag: a JSON line each on stdout, and a "
                             "contact sheet", "running", nargs="+", metavar="PATH")
+    tags: str = option(None, "a file at whose end --predict writes its lines; photos whose line is there are left out",
+                       "running", metavar="JSONL")
+    score_floor: float = option(0.0, "scores below it are left out of the lines", "running", at_least=0, at_most=1)
     threshold: float = option(0.5, "a label becomes a tag above this score", "running", at_least=0, at_most=1)
     top_k: int = option(None, "the K strongest labels become tags, instead", "running", at_least=1, metavar="K")
     quiet: bool = option(False, "no progress bar", "running")
@@ -463,6 +466,7 @@ def record(method, config, argv, settings, device, seconds, names, truth, runs, 
         "seeds": [run["seed"] for run in chosen], "runs": runs, "per_class": per_class, "label_count": len(names),
         "photo_count": 0 if truth is None else len(truth), **beside, **more, "settings": settings, "finished": finished,
         "config": {field.name: getattr(config, field.name) for field in options_of(config)}, "processes": WORLD,
+        "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "peak_memory_mib": round((torch.cuda.max_memory_allocated(device) if on_gpu else peak) / 2 ** 20),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
@@ -473,7 +477,7 @@ def report(result, trained, row_of):
     print(f"{result['dataset']}: {result['photo_count']:,} test photos, {result['label_count']} labels; "
           f"{result['backbone']}; {trained}; {len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}")
     if result["zero_shot_mAP"] is None:
-        print("(no test photos for these labels: nothing to score)")
+        print("(no test photos for these labels: nothing to score; --dataset names a set that has them)")
         return
     print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}\n{'zero-shot (cosine)':<34}{result['zero_shot_mAP']:8.2f}")
     if result["linear_probe_mAP"] is not None:
@@ -490,19 +494,67 @@ def report(result, trained, row_of):
             print(f"  {len(some)} labels {word}: mAP {own:.2f}, zero-shot {zero_shot:.2f}")
 
 
-def write_tags(config, photos, names, scores, folder):
-    """One JSON line a photo on stdout, strongest label first, and predictions.png in the folder. scores: [N, C]"""
+def tag(config, photos, names, scored, folder):
+    """A JSON line a photo, strongest label first, as soon as its scores are there: on stdout, or at the end of --tags,
+    where photos whose line is there are left out. predictions.png in the folder shows the first 48. Under torchrun each
+    process tags every n-th block into a file of its own, which the first joins in the end.
+
+    scored: photos -> iterator over (indices of a block's readable photos, scores [b, C] in 0..1). Raises UsageError.
+    """
     if config.backbone == "scenes":
         say("CLIP is the scenes toy here, trained on drawn pictures: what it says of photographs means nothing")
-    orders = np.argsort(-scores, axis=1, kind="stable").tolist()
-    tags = [order[:config.top_k] if config.top_k else [label for label in order if row[label] > config.threshold]
-            for order, row in zip(orders, scores, strict=True)]
-    sheet = pictures.contact_sheet(photos, names, scores, tags, folder / "predictions.png")  # first: head leaves early
-    for photo, row, order, chosen in zip(photos, scores, orders, tags, strict=True):
-        line = {"photo": str(photo), "labels": [names[label] for label in chosen],
-                "scores": {names[label]: round(float(row[label]), 4) for label in order}}
-        print(json.dumps(line, ensure_ascii=False))
-    say(f"contact sheet: {sheet}" + (f" (the first 48 of {len(photos)} photos)" if len(photos) > 48 else ""))
+    out, photos, stamp_of, _lock = open_tags(Path(config.tags), photos) if config.tags else (
+        sys.stdout, photos, lambda photo: {}, None)
+    mine = [index for index in range(len(photos)) if index // embed.PHOTOS % WORLD == RANK]
+    lines, own, count = [], open(folder / f".tags.{RANK}", "w", **ANY_NAME) if WORLD > 1 else out, 0  # noqa: SIM115
+    for rows, scores in scored([photos[index] for index in mine]) if mine else ():
+        found, orders = [photos[mine[row]] for row in rows], np.argsort(-scores, axis=1, kind="stable").tolist()
+        tags = [order[:config.top_k] if config.top_k else [label for label in order if row[label] > config.threshold]
+                for order, row in zip(orders, scores, strict=True)]
+        if not count and found and RANK == 0:  # before the lines: head leaves early
+            say(f"contact sheet: {pictures.contact_sheet(found, names, scores, tags, folder / 'predictions.png')}"
+                + (f" (the first 48 of {len(photos)} photos)" if len(photos) > 48 else ""))
+        for row, photo, of_photo, order, chosen in zip(rows, found, scores, orders, tags, strict=True):
+            line = {"photo": str(photo), "labels": [names[label] for label in chosen],
+                    "scores": {names[label]: round(float(of_photo[label]), 4) for label in order
+                               if of_photo[label] >= config.score_floor}}
+            print(f"{mine[row]} " * (WORLD > 1) + json.dumps(line | stamp_of(photo), ensure_ascii=False), file=own)
+        own.flush()
+        count += len(found)
+    if WORLD > 1:
+        own.close()
+        dist.barrier()
+        for part in [folder / f".tags.{rank}" for rank in range(WORLD)] * (RANK == 0):
+            with open(part, **ANY_NAME) as file:
+                lines += [line.split(" ", 1) for line in file]
+            part.unlink()
+        out.writelines(line for _, line in sorted(lines, key=lambda line: int(line[0])))
+    elif photos and not count:
+        raise UsageError("no photo could be read; check the files named above")
+
+
+ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files are bytes
+
+
+def open_tags(path, photos):
+    """--tags, without a torn last line -> (file to append to, photos without a line, what a line says besides, lock)"""
+    def read(path):
+        content = path.read_bytes()
+        with open(path, "r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+        lines = content[:content.rfind(b"\n") + 1].decode("utf-8", "surrogateescape").split("\n")[:-1]
+        return {line["photo"]: {"size": line["size"], "time": line["time"]} for line in map(json.loads, lines)}
+
+    def stamp_of(photo):
+        status = photo.stat()
+        return {"size": status.st_size, "time": status.st_mtime_ns}
+    lock = data.hold(path, f"--tags {path}") if RANK == 0 else None
+    done = data.read_stored(path, "tags", read, "give --tags another file")
+    left = [photo for photo in photos if done.get(str(photo)) != stamp_of(photo)]
+    say(f"{path}: {len(photos) - len(left):,} of {len(photos):,} photos have their lines")
+    if gone := [photo for photo in done if not Path(photo).exists()]:
+        say(f"{path}: {len(gone):,} photos are gone, their lines stay (first: {gone[0]})")
+    return open(path, "a", **ANY_NAME), left, stamp_of, lock
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------

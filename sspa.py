@@ -41,8 +41,9 @@ it:
     D9  SCALE, PRIOR          a branch's logit is scale * cosine + bias, learned; the scale starts at 20, the bias where
                               the sigmoid of the mean logit of the first 64 photos is 0.1                       [choice]
     D10 --gamma-neg 2 --clip 0 --regional-weight 1, GAMMA_POS    asymmetric loss of both branches, mean of their scores
-                              as prediction [author]; differentiated through the focusing weights, summed over labels,
-                              averaged over the batch; sigmoid scores                                           [choice]
+                              as prediction [author]; summed over labels, averaged over the batch; sigmoid scores;
+                              --focal-gradient full: through the focusing weights too, as timm and ASL's optimized
+                              class; stopped there by RAM [author], ASL's default class, Query2Label            [choice]
     D11 --lr 5e-5 --image-lr-factor 0.1 --ema 0.9997, WEIGHT_DECAY    AdamW, averaged weights [author]; --prompt-lr 1e-3
                               cosine to 0 after WARM_UP of the steps, warm-up of the average min(ema, (1+t)/(10+t)), one
                               weight decay for all tensors; on scenes --lr 6e-3                                 [choice]
@@ -91,6 +92,7 @@ ABLATIONS = {
     "no GDMA": {"alignment": "none"}, "no LLM description": {"descriptions": "none"},
     "mean aggregator": {"aggregator": "mean"}, "max aggregator": {"aggregator": "max"},
     "global branch only": {"branches": "global"}, "regional branch only": {"branches": "regional"},
+    "focal gradient stopped": {"focal_gradient": "stopped"},
 }
 
 
@@ -115,6 +117,8 @@ class Config(run.Options):
     branches: str = option("both", "[figure] both; one alone is an ablation", choices=("both", "global", "regional"))
     gamma_neg: float = option(2.0, "[author D10] focusing exponent of absent labels", at_least=0)
     clip: float = option(0.0, "[author D10] subtracted from the probability of absent labels", at_least=0, below=1)
+    focal_gradient: str = option("full", "[choice D10] through the loss's focusing weights too; stopped [author]",
+                                 choices=("full", "stopped"))
     regional_weight: float = option(1.0, "[author D10] lambda of L = L_G + lambda L_R", at_least=0)
     lr: float = option(None, "AdamW, cosine to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice])", above=0)
     prompt_lr: float = option(1e-3, "[choice D11] of the context vectors", above=0)
@@ -341,48 +345,59 @@ def gated_alignment_fused(label_features, region_features, v_to_s=None, s_to_v=N
 
 
 # --- SSPA: losses -----------------------------------------------------------------------------------------------------
-def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, clip=0.0):
-    """Asymmetric loss, differentiated through its weights too.  [exponents: author; the rest: choice D10]
+def _integers(targets):
+    if targets.ndim < 2 or targets.is_floating_point():
+        raise ValueError(f"targets must be integers or bool, [..., B, C]: not {targets.dtype}, {list(targets.shape)}")
+    return targets
+
+
+def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
+    """Asymmetric loss. focal_gradient: "full", through its weights too, or "stopped".  [exponents: author; choice D10]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
-    logits: [..., B, C]; targets: same shape, 1, 0 or -1 -> scalar. Finite at z = +-1e4.
+    logits: [..., B, C]; targets: same shape, 1, 0 or -1 -> scalar. Finite at z = +-1e4. ValueError for other targets.
     """
+    targets, logits = _integers(targets), logits.to(torch.promote_types(logits.dtype, torch.float32))  # sums overflow
     tiny = torch.finfo(logits.dtype).tiny  # keeps 0^(gamma-1) out of the backward pass; the log beside it is 0 there
-    present = -torch.sigmoid(-logits).clamp_min(tiny) ** gamma_pos * F.logsigmoid(logits)
     q = (torch.sigmoid(logits) - clip).clamp_min(tiny)
+    weights = torch.sigmoid(-logits).clamp_min(tiny) ** gamma_pos, q ** gamma_neg
+    of_present, of_absent = (weight.detach() if focal_gradient == "stopped" else weight for weight in weights)
     log_clip = logits.new_tensor(clip).log()
     log_one_minus_q = torch.logaddexp(F.logsigmoid(-logits), log_clip).clamp_max(0)         # log min(1 - p + clip, 1)
-    absent = -q ** gamma_neg * log_one_minus_q
+    present, absent = -of_present * F.logsigmoid(logits), -of_absent * log_one_minus_q
     return torch.where(targets == 1, present, torch.where(targets == 0, absent, 0)).sum() / logits.shape[-2]
 
 
-def _asymmetric_in_place(z, targets, gamma_neg, gamma_pos, clip):
+def _asymmetric_in_place(z, targets, gamma_neg, gamma_pos, clip, focal_gradient):
     """Sum of the asymmetric loss of contiguous logits z, which are overwritten by d loss / d z.
 
     Every entry is first taken for absent; the few others are moved to -inf, where an absent label costs nothing, and
     written over at the end. With q = max(p - clip, 0) and dp/dz = p (1-p):
         absent:   d/dz = q^gamma- (1/(1-q) - gamma- log(1-q)/q) p (1-p);  clip 0:  p^gamma- (p - gamma- (1-p) log(1-p))
         present:  d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
+    Stopped, the terms with a gamma before a logarithm are left out.
     """
-
+    full = focal_gradient == "full"
     others = targets.reshape(-1).nonzero()[:, 0]                                 # present or ignored
     is_present, z_others = targets.reshape(-1)[others] == 1, z.view(-1)[others]
     z.view(-1)[others] = -math.inf
     p = torch.sigmoid(z)
     if clip == 0:
         q, log_one_minus_q = p, F.logsigmoid(z.neg_())
-        slope = torch.addcmul(p, torch.sub(p, 1, out=z), log_one_minus_q, value=gamma_neg, out=z)
+        slope = torch.addcmul(p, torch.sub(p, 1, out=z), log_one_minus_q, value=gamma_neg, out=z) if full else p
     else:
         q = (p - clip).clamp_min_(0)
         log_one_minus_q = torch.log1p(-q)                                        # 1 - q >= clip: no overflow
-        slope = 1 / (1 - q) - gamma_neg * log_one_minus_q / q.clamp_min(torch.finfo(q.dtype).tiny)
+        slope = 1 / (1 - q)
+        if full:
+            slope -= gamma_neg * log_one_minus_q / q.clamp_min(torch.finfo(q.dtype).tiny)
         slope.mul_(p).mul_(torch.sigmoid(-z)).masked_fill_(q == 0, 0)
     weight = (q ** (gamma_neg / 2)).square_()  # products at the usual exponents 0, 2 and 4, where pow would be slow
     loss = -torch.dot(weight.view(-1), log_one_minus_q.view(-1))
     torch.mul(slope, weight, out=z)
     log_p, one_minus_p = F.logsigmoid(z_others), torch.sigmoid(-z_others)
     weight = (one_minus_p ** (gamma_pos / 2)).square_() * is_present             # ignored entries: 0
-    z.view(-1)[others] = weight * (gamma_pos * torch.sigmoid(z_others) * log_p - one_minus_p)
+    z.view(-1)[others] = weight * (full * gamma_pos * torch.sigmoid(z_others) * log_p - one_minus_p)
     return loss - (weight * log_p).sum()
 
 
@@ -400,12 +415,13 @@ class _AsymmetricLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad, None, None, None, None
+        return ctx.saved_tensors[0] * grad, *[None] * 5
 
 
-def asymmetric_loss_fused(logits, targets, gamma_neg=2.0, gamma_pos=0.0, clip=0.0):
+def asymmetric_loss_fused(logits, targets, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
     """Same as asymmetric_loss_reference. Loss and gradient in one pass over cache-sized blocks."""
-    return _AsymmetricLoss.apply(logits, targets, gamma_neg, gamma_pos, clip)
+    targets, logits = _integers(targets), logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _AsymmetricLoss.apply(logits, targets, gamma_neg, gamma_pos, clip, focal_gradient)
 
 
 # --- SSPA: soft aggregator --------------------------------------------------------------------------------------------
@@ -480,14 +496,14 @@ class _SoftAggregateLoss(torch.autograd.Function):
     def backward(ctx, grad):
         unit = grad.item() == 1  # the usual case: spare a pass over the largest tensors
         d_labels, d_regions, d_scale, d_bias = (slope if unit else slope * grad for slope in ctx.saved_tensors)
-        return d_labels, d_regions, None, d_scale, d_bias, *[None] * 4
+        return d_labels, d_regions, None, d_scale, d_bias, *[None] * 5
 
 
 def soft_aggregate_loss_fused(label_features, region_features, temperature, scale, bias, targets,
-                              gamma_neg=2.0, gamma_pos=0.0, clip=0.0):
+                              gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
     """Same as soft_aggregate_loss_reference. A block goes from cosines to loss to gradients while in the cache."""
-    return _SoftAggregateLoss.apply(label_features, region_features, temperature, scale, bias, targets,
-                                    gamma_neg, gamma_pos, clip)
+    return _SoftAggregateLoss.apply(label_features, region_features, temperature, scale, bias, _integers(targets),
+                                    gamma_neg, gamma_pos, clip, focal_gradient)
 
 
 # --- SSPA: the whole --------------------------------------------------------------------------------------------------
@@ -607,7 +623,7 @@ class SSPA(nn.Module):
             if targets is None:
                 s_R = self.aggregate(*regional) + self.regional_bias             # soft aggregator  [B, C]
                 return Prediction(s_G, s_R, T_fn, X_fn, filtering, label_gate, region_gate)
-            exponents = self.config.gamma_neg, GAMMA_POS, self.config.clip
+            exponents = self.config.gamma_neg, GAMMA_POS, self.config.clip, self.config.focal_gradient
             L_G = self.asymmetric_loss(s_G, targets, *exponents)
             L_R = self.aggregate_loss(*regional, self.regional_bias, targets, *exponents)
             return (self.config.branches != "regional") * L_G \
@@ -836,15 +852,17 @@ def evaluate(config, clip, model, inputs, device):
 
 # --- predict and explain ----------------------------------------------------------------------------------------------
 def predict(config, clip, model, names, device, folder):
-    """Tags photos: one JSON line a photo on stdout, and a contact sheet in the folder."""
-    paths = [photo for path in config.predict for photo in data.list_photos(path)]
-    photos = Photos(paths, torch.zeros(len(paths), len(names), dtype=torch.int8), None, None, "")
-    scores, _, _, readable = score(config, clip, model, photos, device)
-    rows = np.flatnonzero(readable)
-    if not len(rows):
-        raise UsageError("no photo could be read; check the files named above")
-    if run.RANK == 0:
-        run.write_tags(config, [paths[row] for row in rows], names, scores[rows], folder)
+    """Tags photos, block by block."""
+    def encode(images):
+        prediction = model(*image_features(clip.model.visual, images), prompts=prompts)
+        return {"scores": branch_scores(config.branches, *prediction[:2])}
+
+    def scored(photos):
+        for rows, tensors in embed.stream_photos(clip, photos, "", encode, None, config.workers, config.quiet):
+            yield rows, tensors["scores"].numpy()
+    with torch.no_grad(), embed.autocast(device, config.precision):
+        prompts = model.prompts()
+    run.tag(config, [photo for path in config.predict for photo in data.list_photos(path)], names, scored, folder)
 
 
 @torch.no_grad()

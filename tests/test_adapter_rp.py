@@ -18,7 +18,7 @@ import embed
 import run
 import sspa
 
-tensor = functools.partial(torch.tensor, dtype=torch.float64)
+tensor, LOG3 = functools.partial(torch.tensor, dtype=torch.float64), math.log(3)
 torch.set_num_threads(1)  # the shapes of tests are tiny: a second thread would only wait
 
 
@@ -94,7 +94,8 @@ def outcome(script, words):
 
 LOSSES = {name: [getattr(rp, f"{name}_loss_{impl}") for impl in ("reference", "fused")]
           for name in ("asymmetric", "bce", "ranking")}
-EXPONENTS = [(), (2, 0, 0), (4, 1, 0.05), (0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.1), (1, 2, 0.2), (0, 0, 0.05), (3, 0, 0)]
+EXPONENTS = [(), (2, 0, 0), (4, 1, 0.05), (0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.1), (1, 2, 0.2), (0, 0, 0.05), (3, 0, 0),
+             (4, 0, 0, "stopped"), (2, 1, 0.1, "stopped"), (0, 0.5, 0.05, "stopped"), (0.5, 0, 0, "stopped")]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -113,13 +114,34 @@ def test_asymmetric_loss_of_both_scripts_and_extreme_logits(monkeypatch, script,
     """The copies of both scripts agree. Blocks do not divide the logits; +-1e4, and where sigmoids round to 0 or 1."""
     pair = [script.asymmetric_loss_reference, script.asymmetric_loss_fused]
     monkeypatch.setattr(script._AsymmetricLoss, "BLOCK", 10)
-    same(*pair, [leaf(13, 19, scale=3)], [targets_of(13, 19), *exponents])
-    same(rp.asymmetric_loss_reference, pair[1], [leaf(7, 9)], [targets_of(7, 9), *(exponents or (3, 1, 0.1))])
+    whole = "stopped" not in exponents  # else the gradient is not that of the value
+    same(*pair, [leaf(13, 19, scale=3)], [targets_of(13, 19), *exponents], finite_differences=whole)
+    same(rp.asymmetric_loss_reference, pair[1], [leaf(7, 9)], [targets_of(7, 9), *(exponents or (3, 1, 0.1))],
+         finite_differences=whole)
     extremes = torch.tensor([-1e4, -700, -90, -40, -17, -1e-3, 0, 1e-3, 17, 40, 90, 700, 1e4])
     targets = torch.tensor([1, 0, -1], dtype=torch.int8)[:, None].expand(3, len(extremes))
     for dtype, rtol, atol in ((torch.float32, 2e-5, 1e-5), (torch.float64, 1e-9, 1e-11)):
         logits = extremes.to(dtype).repeat(3, 1).requires_grad_()
         same(*pair, [logits], [targets, *exponents], rtol, atol, finite_differences=False)
+
+
+@pytest.mark.parametrize("script", [rp, sspa])
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_focusing_weights_and_odd_targets(script, impl):
+    """z = log 3, p = 3/4; present, gamma+ 1, and absent, gamma- 2, clip 1/4, q = 1/2. Weights stopped, gradients are
+    -(1/4)(1/4) and (1/2)^2 (3/16) / (1/2), else (1/4)(log(3/4) 3/4 - 1/4) and (1/4)(2 + 4 log 2)(3/16). Soft targets,
+    single rows are refused; sums of half precision do not overflow."""
+    function = getattr(script, f"asymmetric_loss_{impl}")
+    for focal, expected in (("stopped", [-1 / 16, 3 / 32]),
+                            ("full", [(0.75 * math.log(0.75) - 0.25) / 4, 3 / 64 * (2 + 4 * math.log(2))])):
+        logits = torch.full((1, 2), LOG3, dtype=torch.float64, requires_grad=True)
+        function(logits, torch.tensor([[1, 0]]), 2.0, 1.0, 0.25, focal).backward()
+        assert logits.grad[0].tolist() == pytest.approx(expected)
+    for odd in (torch.full((2, 2), 0.5), torch.ones(2, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="targets must be integers or bool"):
+            function(torch.zeros(odd.shape), odd)
+    many = torch.full((512, 1000), 3.0, dtype=torch.float16), torch.zeros(512, 1000, dtype=torch.bool)
+    assert function(*many).item() == pytest.approx(function(many[0].double(), many[1]).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("impl", [0, 1])
@@ -144,6 +166,7 @@ def test_classifier_loss_fused_equals_reference(monkeypatch, runs, batch, hidden
     targets, pair = targets_of(runs, batch, classes), (rp.classifier_loss_reference, rp.classifier_loss_fused)
     for exponents in ((), (2.0, 1.0, 0.1)):
         same(*pair, tensors, [targets, *exponents])
+    same(*pair, tensors, [targets, 2.0, 1.0, 0.1, "stopped"], finite_differences=False)
     same(*pair, tensors[:1], [tensors[1].detach(), tensors[2].detach(), targets])
 
 

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 import embed
+import run
 import scenes
 import sspa  # noqa: F401 (what the forkserver shall have imported)
 
@@ -164,17 +165,17 @@ def place(tmp_path_factory):
 def trained(command, tmp_path_factory):
     """{script: a finished run of two seeds}"""
     runs = {script: SimpleNamespace(folder=tmp_path_factory.mktemp("trained")) for script in TINY}
-    for script, run in runs.items():
-        run.checkpoint = run.folder / "checkpoint.safetensors"
-        run.stdout, _ = command(script, TINY[script], "--output", run.folder)
+    for script, one in runs.items():
+        one.checkpoint = one.folder / "checkpoint.safetensors"
+        one.stdout, _ = command(script, TINY[script], "--output", one.folder)
     return runs
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 OPTIONS = """dataset data-root policy labels unseen limit no-probe backbone pretrained resolution precision gpu cpu
-    seed epochs batch-size lr impl workers cache output overwrite save-all checkpoint predict threshold top-k quiet
-    gamma-neg clip"""
+    seed epochs batch-size lr impl workers cache output overwrite save-all checkpoint predict tags score-floor
+    threshold top-k quiet gamma-neg clip focal-gradient"""
 OWN_OPTIONS = {RP: "features texts text-count noise-law noise-std normalize adapter head loss",
                SSPA: """descriptions photo-count tune-image context-length attention-scale no-dsf fusion
                quaternion-layers alignment no-gate aggregator temperature
@@ -552,6 +553,8 @@ def test_tags_and_explanations(command, trained, place, tmp_path, script):
         assert scores == sorted(scores, reverse=True) and 0 <= scores[-1] < scores[0] <= 1
         assert line["labels"] == list(line["scores"])[:2] and other["scores"] == line["scores"]
         assert other["labels"] == [name for name, score in line["scores"].items() if score >= middle]
+    few = json.loads(command(*words, f"--score-floor {middle}")[0].splitlines()[0])
+    assert few["scores"] == {name: score for name, score in two[0]["scores"].items() if score >= round(middle, 4)}
     if script == SSPA:
         stdout, _ = command(script, *words[1:5], "--explain", place / "photos")
         sheets = sorted((tmp_path / "explain").iterdir())
@@ -573,6 +576,51 @@ def test_two_processes_learn_what_one_learns(start, command, tmp_path, words):
     command(*words, tmp_path / "one")
     one, two = (result_of(tmp_path / name)["runs"][0] for name in ("one", "two"))
     assert two["ap"] == pytest.approx(one["ap"], abs=0.5) and two["mAP"] == pytest.approx(one["mAP"], abs=0.05)
+
+
+@BOTH
+def test_tags_file(start, command, trained, cache, tmp_path, script):
+    """Cut anywhere, as a killed run leaves it, --tags goes on to the lines of an undisturbed run. A new photo and a
+    changed one are tagged, a vanished one is named. Two processes give the lines of one."""
+    photos, whole = tmp_path / "photos", tmp_path / "whole.jsonl"
+    photos.mkdir()
+    for number in range(150):
+        Image.new("RGB", (20, 20), (number, 255 - number, 7)).save(photos / f"{number:03d}.png")
+    words = (script, "--checkpoint", trained[script].checkpoint, "--output", tmp_path, "--predict", photos)
+    lines = command(*words)[0].splitlines(True)
+    assert command(*words, "--tags", whole)[0] == "" and len(lines) == 150
+    content = whole.read_bytes()
+    assert [json.loads(line) | {"size": 0, "time": 0} for line in lines] == [
+        json.loads(line) | {"size": 0, "time": 0} for line in content.splitlines()]
+    for cut in np.random.default_rng(0).integers(0, len(content), 3):
+        whole.write_bytes(content[:cut])
+        assert f": {content[:cut].count(10)} of 150 photos" in command(*words, "--tags", whole)[1]
+        assert whole.read_bytes() == content
+    (photos / "000.png").unlink()
+    for name in ("001.png", "200.png"):
+        Image.new("RGB", (30, 20)).save(photos / name)
+    assert "1 photos are gone, their lines stay (first: " in command(*words, "--tags", whole)[1]
+    more = [Path(json.loads(line)["photo"]).name for line in whole.read_bytes()[len(content):].splitlines()]
+    assert more == ["001.png", "200.png"] and whole.read_bytes().startswith(content)
+    lines = command(*words)[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [start(*words, "--cache", cache, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **meeting)
+            for rank in "01"]
+    ends = [running.end() for running in both]
+    assert (ends[0][0], ends[1][0]) == (lines, "") and not list(tmp_path.glob(".tags*"))
+
+
+def test_a_line_is_there_before_the_next_photos(capsys, tmp_path):
+    """What was scored is printed before more is asked for; head leaves early."""
+    config, photos = run.parse(run.Options, [], ""), [("test", index) for index in range(3)]
+
+    def scored(some):
+        for row in range(3):
+            yield np.array([row]), np.array([[0.5, 0.1 * row]])
+            assert len(capsys.readouterr().out.splitlines()) == 1 and (tmp_path / "predictions.png").is_file()
+    run.tag(config, photos, ["sun", "moon"], scored, tmp_path)
 
 
 def test_torchrun(trained, cache, tmp_path):

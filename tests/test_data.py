@@ -98,7 +98,9 @@ READ = {"labels.txt": data.read_labels, "d.json": lambda path: data.descriptions
     ("labels.csv", "f,dog\na.png,2\n", r"line 2 \(a.png, 2\)"), ("labels.csv", "", "holds no label"),
     ("labels.csv", "f,dog\na.png,1\n\nc.png\n", r"line 4 \(c.png\) is not 2"), ("labels.json", "[]", "form"),
     ("labels.csv", "f,dog\n", "no photo is in the train part"), ("labels.csv", "f,dog,dog\na.png,1,0\n", "the header"),
-    ("labels.csv", "f,dog,Dog\na.png,1,0\n", "stands twice"), ("labels.csv", "a.png,1\nb.png,0\n", "first line must"),
+    ("labels.csv", "f,dog,Dog\na.png,1,0\n", "stands twice"),
+    ("labels.csv", "f,dog\na.png,1\nb.png,0\na.png,0\n", "a.png stands twice"),
+    ("labels.csv", "a.png,1\nb.png,0\n", "first line must"),
     ("labels.csv", "f,dog,split\na.png,1,x\n", "test, not 'x'"), ("labels.json", '{"a.png": "dog"}', "form"),
     ("labels.csv", "f,dog\nz.png,1\n", "none of its 1 photos .*expected"), ("labels.json", '{"a.png": [1]}', "form")])
 def test_mistakes_in_files(tmp_path, name, content, reason):
@@ -162,10 +164,12 @@ def test_descriptions(tmp_path, capsys):
     assert data.descriptions_of("x", ["dog"], write(path, '{"dog": "It barks."}')) == {"dog": "It barks."}
 
 
-def test_photos(tmp_path):
+def test_photos(tmp_path, capsys):
     photos(tmp_path, "b.PNG", "deep/c.jpeg", ".hidden.png", ".hidden/d.png")
+    (tmp_path / "phone.HEIC").touch()
     notes = write(tmp_path / "notes/notes.txt", "no photo")
     assert data.list_photos(tmp_path) == [tmp_path / "b.PNG", tmp_path / "deep/c.jpeg"]
+    assert "1 .heic photos are left out" in capsys.readouterr().err
     assert data.list_photos(notes) == [notes]  # asked for by name
     for path in (tmp_path / "nowhere", notes.parent):
         with pytest.raises(UsageError, match=f"^photos {path}: no "):
@@ -176,6 +180,10 @@ def test_photos(tmp_path):
     assert data.open_photo(tmp_path / "phone.jpg").size == (20, 40)
     Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "deep.png")
     assert data.open_photo(tmp_path / "deep.png").getpixel((0, 0)) == (156, 156, 156)  # 40000 / 256
+    for kind in (np.int32, np.float32):
+        Image.fromarray(np.full((4, 4), 40000, kind)).save(tmp_path / "deep.tif")
+        with pytest.raises(ValueError, match="32 bits a pixel"):
+            data.open_photo(tmp_path / "deep.tif")
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -442,7 +450,7 @@ def test_check(command, tmp_path, shared):
 
 
 def test_check_of_a_sound_set(tmp_path, capsys):
-    """Nothing wrong is 0; a torn photo, a label without a photo and a photo in both parts are each found."""
+    """Nothing wrong is 0; a torn photo and a label without a photo are each found; a photo in both parts is refused."""
     photos(tmp_path, *(f"{n}.png" for n in range(10)))
     header, words = ["file", "dog", "cat", "split"], ["--check", "folder", "--data-root", str(tmp_path)]
     rows = [[f"{n}.png", 1, 1, "train" if n < 8 else "test"] for n in range(10)]
@@ -450,11 +458,12 @@ def test_check_of_a_sound_set(tmp_path, capsys):
     assert data.main(words) == 0 and "nothing wrong was found" in capsys.readouterr().out
     write(tmp_path / "3.png", b"torn")
     rows = [[name, 1, int(split == "train"), split] for name, _, _, split in rows]
-    table(tmp_path / "labels.csv", header, [*rows, ["0.png", 1, 0, "test"]])
+    table(tmp_path / "labels.csv", header, rows)
     assert data.main(words) == 2
     said = capsys.readouterr().err
-    assert "test: no photo with cat" in said and "3.png cannot be read" in said and said.count("wrong?") == 3
-    assert f"1 photos are in both parts (first: {tmp_path}/0.png)" in said
+    assert "test: no photo with cat" in said and "3.png cannot be read" in said and said.count("wrong?") == 2
+    table(tmp_path / "labels.csv", header, [*rows, ["0.png", 1, 0, "test"]])
+    assert data.main(words) == 2 and "0.png stands twice" in capsys.readouterr().err
 
 
 def test_tenth_set(command, tmp_path):

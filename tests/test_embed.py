@@ -49,7 +49,7 @@ def test_embeddings_equal_open_clips(towers, name, resolution):
         images = model.eval().encode_image(torch.stack([preprocess(data.open_photo(photo)) for photo in PHOTOS]))
     clip = embed.load_clip(name, path, resolution=resolution)
     torch.testing.assert_close(embed.embed_texts(clip, TEXTS, batch_size=1), texts)
-    torch.testing.assert_close(embed.embed_photos(clip, PHOTOS, batch_size=4)[0], images)
+    torch.testing.assert_close(embed.embed_photos(clip, PHOTOS)[0], images)
 
 
 def test_resnet_at_another_resolution(towers):
@@ -67,7 +67,7 @@ def test_resnet_at_another_resolution(towers):
 def test_regions_keep_the_order_of_the_photos(clip, tmp_path):
     def quarters(_, images):  # image_features here: the mean colour, and the colours of four quarters
         return images.mean((2, 3)), torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(2).mT
-    x0, X, kept = embed.embed_regions(clip, [*PHOTOS, tmp_path / "none.jpg", *PHOTOS[:2]], quarters, batch_size=4)
+    x0, X, kept = embed.embed_regions(clip, [*PHOTOS, tmp_path / "none.jpg", *PHOTOS[:2]], quarters)
     expected = quarters(None, torch.stack([embed.load_photo(clip, photo) for photo in [*PHOTOS, *PHOTOS[:2]]]))
     assert kept.tolist() == [0, 1, 2, 3, 4, 5, 7, 8] and X.dtype == torch.float16
     torch.testing.assert_close((x0, X.float()), expected, atol=2e-3, rtol=0)
@@ -101,7 +101,7 @@ def test_random_crops_hang_on_seed_epoch_and_row_alone(clip, tmp_path, capsys):
 
 
 def test_unreadable_photos_are_named_and_left_out(clip, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(embed, "BLOCK", 1)  # so that a block has no readable photo
+    monkeypatch.setattr(embed, "PHOTOS", 1)  # so that a block has no readable photo
     scenes.picture("test", 0)[0].save(tmp_path / "whole.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     photos = [tmp_path / name for name in ("torn.jpg", "whole.jpg", "missing.jpg", "whole.jpg")]
@@ -147,7 +147,7 @@ def test_damaged_and_unwritable_caches(clip, tmp_path, capsys):
 def test_several_processes_share_the_blocks(clip, tmp_path, monkeypatch):
     """Process 1 of 2 has made the second of three blocks when it comes to where they wait for each other."""
     made = []
-    monkeypatch.setattr(embed, "BLOCK", 2)
+    monkeypatch.setattr(embed, "PHOTOS", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(torch.distributed, "barrier", lambda: made.extend(map(load_file, tmp_path.iterdir())))

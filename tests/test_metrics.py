@@ -1,5 +1,6 @@
 """metrics.py and the linear probe of run.py against scikit-learn, against cases worked by hand, and their costs."""
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -90,6 +91,23 @@ def test_attribute_metrics_by_hand():
 def test_refuses(name, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         getattr(metrics, name)(scores, labels)
+
+
+def test_what_would_be_silently_wrong():
+    """Logits where probabilities are wanted; labels the other way round; the strongest of unsigned scores; labels of
+    1 and -1 alone."""
+    scores, labels = np.array([[2.0, -1], [0.3, 0.4]]), np.array([[1, 0], [0, 1]])
+    for function in (metrics.multilabel_f1, metrics.attribute_metrics):
+        with pytest.raises(ValueError, match="take the sigmoid of logits"):
+            function(scores, labels)
+    metrics.multilabel_f1(scores, labels, top_k=1)
+    unsigned = np.array([[0, 9, 200]], np.uint8)
+    assert metrics.multilabel_f1(unsigned, np.array([[0, 0, 1]]), top_k=1)["OF1"] == 100
+    with pytest.warns(UserWarning, match="labels 1 and -1 but no 0"):
+        metrics.average_precision(np.eye(2), np.array([[1, 0], [-1, 1]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.average_precision(np.eye(3), np.array([[1, -1, 0], [-1, -1, 1], [0, -1, 1]]))
 
 
 def test_memory_is_bounded_with_ten_thousand_classes():

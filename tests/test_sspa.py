@@ -376,7 +376,7 @@ CHANGED = {  # another value of every option that decides a result
     "adapter": "linear", "head": "label-embedding", "loss": "bce", "descriptions": "{}/descriptions.json",
     "tune_image": "full", "context_length": "3", "attention_scale": "5", "no_dsf": "", "fusion": "sum", "ema": "0.1",
     "quaternion_layers": "1", "alignment": "v-to-s", "no_gate": "", "aggregator": "mean", "temperature": "0.2",
-    "unseen": "boat", "no_probe": "", "photo_count": "16",
+    "focal_gradient": "stopped", "unseen": "boat", "no_probe": "", "photo_count": "16",
     "branches": "regional", "regional_weight": "2", "prompt_lr": "0.01", "image_lr_factor": "1", "ablate": "'no gate'"}
 FOLDER, TUNED = "--dataset folder --data-root {}/a --backbone scenes", "--tune-image full --limit 8 --batch-size 4"
 BESIDE = {"dataset": "--data-root {}/a --backbone scenes", "data_root": FOLDER, "policy": FOLDER,  # what it needs
