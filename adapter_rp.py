@@ -550,14 +550,15 @@ def train_and_score(config, argv, device):
     if result is not None and result["finished"]:
         say(f"{folder} is finished; --overwrite does it again")
         return result
-    inputs = load_inputs(config, None if config.features else run.load_clip(config, device), names_of(config))
+    names = names_of(config)
+    columns = run.known_columns(config, names)
+    inputs = load_inputs(config, None if config.features else run.load_clip(config, device), names)
     if run.part():  # under torchrun embedding is shared out; the adapter learns in the first process
         return None
     runs = [{"seed": seed, "noise_std": std} for seed in config.seed for std in config.noise_std]
     if result is None:
         run.begin(folder, recorded(config, argv, settings, device, began, inputs, inputs.names, runs, None, False))
-    columns = run.known_columns(config, inputs.names)
-    trained, text_labels = [inputs.names[column] for column in columns], inputs.text_labels[:, columns]
+    trained, text_labels = [names[column] for column in columns], inputs.text_labels[:, columns]
     rows = (text_labels != 0).any(1) if config.unseen else slice(None)
     adapter, log = train(config, inputs._replace(
         names=trained, label_embeddings=inputs.label_embeddings[columns], text_labels=text_labels[rows],

@@ -826,24 +826,22 @@ def train(config, clip, inputs, seed, device, folder, title):
 # --- score ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def score(config, clip, model, photos, device):
-    """Photos divided among the processes -> (scores, global logits, regional logits: float64 [N, C]; readable [N])"""
+    """Photos divided among the processes -> (scores, global logits, regional logits: float64 [N, C])"""
     batches = [part for part in torch.arange(len(photos.photos))[run.RANK::run.WORLD].split(64) if len(part)]
-    logits = torch.zeros(3, *photos.labels.shape, dtype=torch.float64, device=device)  # global, regional, readable
+    logits = torch.zeros(2, *photos.labels.shape, dtype=torch.float64, device=device)
     with embed.autocast(device, config.precision):
         prompts = model.prompts()
-        for rows, (x0, X, labels) in zip(batches, batches_of(config, clip, photos, batches), strict=True):
-            prediction = model(x0, X, prompts=prompts)
-            logits[0, rows], logits[1, rows] = prediction.global_logits.double(), prediction.regional_logits.double()
-            logits[2, rows] = (labels != -1).any(1, keepdim=True).double()       # an unreadable photo has no label
+        for rows, (x0, X, _) in zip(batches, batches_of(config, clip, photos, batches), strict=True):
+            logits[:, rows] = torch.stack(model(x0, X, prompts=prompts)[:2]).double()
     if run.WORLD > 1:
         dist.all_reduce(logits)  # every row is zero but in one process
     logits = logits.cpu()
-    return branch_scores(config.branches, *logits[:2]).numpy(), *logits[:2].numpy(), logits[2, :, 0].numpy() > 0
+    return branch_scores(config.branches, *logits).numpy(), *logits.numpy()
 
 
 def evaluate(config, clip, model, inputs, device):
     """-> dict for metrics.json: what run.measure gives, and the mAP of each branch that is on"""
-    scores, global_logits, regional_logits, _ = score(config, clip, model, inputs.test, device)
+    scores, global_logits, regional_logits = score(config, clip, model, inputs.test, device)
     truth, logits = inputs.test.labels.numpy(), {"global": global_logits, "regional": regional_logits}
     on = [branch for branch in logits if config.branches in ("both", branch)]
     of_branches = {f"mAP_{branch}": metrics.mean_average_precision(logits[branch], truth) for branch in on}
@@ -868,8 +866,7 @@ def predict(config, clip, model, names, device, folder):
 @torch.no_grad()
 def explain(config, clip, model, names, device, folder):
     """Where the strongest labels were seen: a picture a photo in folder/explain, its path on stdout. A row a label: its
-    similarity to every region after GDMA, and DSF's attention; beside them the S-to-V gate averaged over channels. The
-    things' boxes are outlined where they are known."""
+    similarity to every region after GDMA, DSF's attention, boxes where known; and the S-to-V gate's mean channel."""
     paths, drawn = [photo for path in config.explain for photo in data.list_photos(path)], 0
     decoded = embed.decoded(clip, paths, [[row] for row in range(len(paths))], config.workers)
     for path, (images, readable) in zip(paths, decoded, strict=True):
@@ -884,7 +881,7 @@ def explain(config, clip, model, names, device, folder):
         label_gate, region_gate = (None if gate is None else gate[0].float().mean(-1).cpu().numpy()
                                    for gate in (prediction.label_gate, prediction.region_gate))
         strongest = np.argsort(-scores, kind="stable")[:config.top_k or 3]
-        target = folder / "explain" / f"{drawn:03d}_{path.stem}.png"
+        target = folder / "explain" / f"{drawn:03d}_{path.stem[:60]}.png"
         seen, places = pictures.as_seen(images[0].numpy(), clip.preprocess.transforms[-1]), data.boxes_of(path, names)
         boxes = () if places is None else data.in_view(*places)[0]
         pictures.explanation(target, path.name, seen, names, scores, strongest, maps, region_gate, label_gate, boxes)
@@ -900,8 +897,7 @@ def recorded(config, argv, settings, device, began, clip, inputs, trained, runs,
     chosen, truth = [one for one in runs if one["ablation"] == "none"], inputs.test.labels.numpy()
     return run.record("sspa", config, argv, settings, device, time.time() - began, inputs.labels.names, truth, runs,
                       chosen, finished, inputs.baselines, trained, backbone=clip.name, policy=inputs.test.policy,
-                      texts=inputs.labels.texts,
-                      train_count=len(inputs.train.photos) if inputs.train else 0)
+                      texts=inputs.labels.texts, train_count=len(inputs.train.photos) if inputs.train else 0)
 
 
 def train_and_score(config, argv, device):
@@ -913,9 +909,8 @@ def train_and_score(config, argv, device):
         say(f"{folder} is finished; --overwrite does it again")
         return result
     names, found = names_of(config), find_photos(config, "train", "test")  # what is missing is said at once
-    clip = run.load_clip(config, device)
-    inputs, seen = load_inputs(config, clip, labels_of(config, clip, names), found), run.known_columns(config, names)
-    trained = [names[column] for column in seen]
+    seen, clip = run.known_columns(config, names), run.load_clip(config, device)
+    inputs, trained = load_inputs(config, clip, labels_of(config, clip, names), found), [names[row] for row in seen]
     if result is None:
         run.begin(folder, recorded(config, argv, settings, device, began, clip, inputs, trained, [], False))
     runs, changes = result["runs"] if result else [], {"none": {}}
