@@ -397,8 +397,9 @@ def load_features(config, names, with_texts):
     text_labels, rows = arrays["text_labels"][:, columns], np.arange(0)
     if with_texts:
         rows = chosen_rows(config, len(text_labels))
-        rows = rows[(text_labels[rows] == 1).any(1)]
-        if not len(rows):
+        if len(names) >= data.FEW:
+            rows = rows[(text_labels[rows] == 1).any(1)]
+        if not (text_labels[rows] == 1).any():
             raise UsageError(f"features file {config.features}: no text has any of the {len(names)} labels")
     images, image_labels = (arrays[name][:config.limit] for name in ("image_embeddings", "image_labels"))
     label_embeddings, texts, text_labels, images = map(torch.from_numpy, (
@@ -424,6 +425,9 @@ def load_inputs(config, clip, names, with_texts=True):
     texts, text_labels = [texts[row] for row in rows], text_labels[rows]
     if with_texts and (never := [name for name, named in zip(names, text_labels.any(0), strict=True) if not named]):
         say(f"no training text has the labels {', '.join(never[:10])}: nothing can be learnt about them")
+    if with_texts and len(names) < data.FEW and config.backbone != "scenes":
+        count, (texts, text_labels) = len(texts), data.with_negatives(texts, text_labels, names)
+        texts_from += f" and {len(texts) - count:,} that name no label"
     label_embeddings = prompt_embeddings(config, clip, names)
     text_embeddings = embed.embed_texts(clip, texts, config.cache) if texts else label_embeddings[:0]
     images, image_labels, policy = None, None, "no test photos: --labels without a --dataset that knows them"

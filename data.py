@@ -28,6 +28,7 @@ from scipy.io import loadmat
 import scenes
 
 ASSETS = Path(__file__).parent / "assets"
+FEW = 5  # labels; shorter lists learn from sentences without any of them, too
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -274,7 +275,7 @@ def default_texts(dataset, names, count):
     if dataset == "scenes" and set(names) <= set(scenes.NAMES):
         texts, labels = scenes.sentences(count, 0)
         labels = labels[:, [scenes.NAMES.index(name) for name in names]].astype(np.int8)
-        rows = np.flatnonzero(labels.any(1))
+        rows = np.flatnonzero(labels.any(1) | (len(names) < FEW))
         return [texts[row] for row in rows], labels[rows], "sentences of the scenes grammar"
     say(f"no --texts: training on {count} template sentences (written by a fixed pattern, not by a language model)")
     rng = np.random.default_rng(0)
@@ -291,6 +292,15 @@ def default_texts(dataset, names, count):
         texts.append(f"{openers[int(rng.integers(len(openers)))]} {joined}.")
         labels[row, chosen] = 1
     return texts, labels, "template sentences"
+
+
+def with_negatives(texts, labels, names):
+    """Texts and their labels, and behind them the sentences of assets/texts that name none of the labels: where there
+    are fewer than FEW, nearly every text would have each of them, and what lacks one could not be learnt."""
+    shipped, find = sorted((ASSETS / "texts").glob("*.jsonl.gz")), noun_finder(names)
+    lines = (json.loads(line)["text"] for path in shipped for line in read_text(path, "shipped texts").splitlines())
+    more = [text for text in lines if not find(text)]
+    return [*texts, *more], np.concatenate([labels, np.zeros((len(more), len(names)), np.int8)])
 
 
 class LabelledPhotos(NamedTuple):

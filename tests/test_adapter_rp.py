@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapter_rp as rp
+import data
 import embed
 import run
 import sspa
@@ -247,3 +248,14 @@ def test_texts_alone_label_photos_and_noise_helps(request, cache, words, over_ze
     result = outcome(rp, f"--noise-std 0.15 0 --batch-size 64 --lr 2e-3 {words} --cache {cache}".format(shared))
     loud, still = ([one["mAP"] for one in result["runs"] if one["noise_std"] == std] for std in (0.15, 0))
     assert min(loud) > result["zero-shot"] + over_zero_shot and min(loud) > max(still) + over_no_noise
+
+
+def test_a_list_of_one_word_does_not_tag_everything(shared, tmp_path):
+    """Sentences that lack the label join: its mean score over the photos that have it and over the others lies apart."""
+    texts, labels = data.with_negatives(["A dog."], torch.ones(1, 1, dtype=torch.int8).numpy(), ["dog"])
+    assert len(texts) == len(labels) > 1000 and labels.sum() == 1 and not any("dog" in text for text in texts[1:])
+    (tmp_path / "dog.txt").write_text("dog")
+    words = f"--features {shared}/photo_embeddings/voc2007_even.npz --labels {tmp_path}/dog.txt --epochs 3 --cpu --quiet"
+    rp.main([*words.split(), "--output", str(tmp_path / "run")])
+    f1 = json.loads((tmp_path / "run/metrics.json").read_text())["runs"][0]["threshold_0.5"]
+    assert f1["OP"] > 30 and f1["OR"] > 50  # every photo tagged: precision is 8 percent, the share of photos with a dog
