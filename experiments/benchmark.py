@@ -246,7 +246,7 @@ def random_clip():
 def coco_labels(bench):
     """COCO's names as SSPA takes them -> sspa.Labels"""
     names = data.label_names("coco2014")[:2 if bench.quick else 80]
-    return sspa.labels_of(sspa.Config(cache=None), random_clip(), names, names)
+    return sspa.labels_of(sspa.Config(cache=None), random_clip(), names, dict(zip(names, names, strict=True)))
 
 
 def text_multiplications(tokens, pairs, layers=12):
@@ -378,7 +378,8 @@ def towers(bench):
     for backbone, pixels in bench.some((("ViT-B-32", 224), ("ViT-B-32", 448), ("ViT-B-16", 224), ("ViT-B-16", 448),
                                         ("RN50", 224), ("RN50", 448), ("RN101", 448))):
         clip = embed.load_clip(backbone, "none", resolution=pixels)
-        model = sspa.SSPA(config, clip.model, sspa.labels_of(config, clip, names, names), 0)
+        labels = sspa.labels_of(config, clip, names, dict(zip(names, names, strict=True)))
+        model = sspa.SSPA(config, clip.model, labels, 0)
         images, targets = torch.randn(batch, 3, pixels, pixels), (torch.rand(batch, 20) < 0.1).to(torch.int8)
         encode = functools.partial(torch.no_grad()(sspa.image_features), clip.model.visual, images)
         one, two = (functools.partial(step, model, images, targets, copies) for copies in (1, 2))
