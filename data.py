@@ -17,7 +17,6 @@ import re
 import sys
 import unicodedata
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -451,8 +450,9 @@ def read_table(path, dataset=None):
                     files.append(row[0])
             except (IndexError, KeyError, ValueError):
                 raise ValueError(f"line {number} ({', '.join(row)[:50]}) is not {len(header)} such cells") from None
-        if len(set(files)) < len(files):
-            raise ValueError(f"{Counter(files).most_common(1)[0][0]} stands twice")
+        last = dict(zip(files, labels, strict=True))
+        if odd := [file for file, marks in zip(files, labels, strict=True) if marks != last[file]]:
+            raise ValueError(f"{odd[0]} stands twice with other labels")
         return files, names, np.array(labels, np.int8).reshape(-1, len(names)), splits if split else None
     return read_stored(path, "labels", read, "cells are a file, then each label's 1, 0 or -1; JSON is {file: [labels]}")
 
@@ -741,8 +741,10 @@ def check(dataset, root, policy=()):
                 open_photo(found.photos[row])
             except Exception as error:  # Pillow raises many kinds
                 wrong.append(f"{split}: {found.photos[row]} cannot be read ({error})")
-    labelled = {photo for found in parts.values() for photo in found.photos}
-    if dataset == "folder" and (spare := sorted(set(list_photos(root)) - labelled)):
+    train, test = (set(found.photos) for found in parts.values())
+    if both := train & test:
+        wrong.append(f"{len(both):,} photos are in both parts (first: {min(both)})")
+    if dataset == "folder" and (spare := sorted(set(list_photos(root)) - train - test)):
         wrong.append(f"{len(spare):,} photos of the folder without labels (first: {spare[0]})")
     print(f"\n{f'{len(names)} labels, positives':<42}{'train':>9}{'test':>9}")
     for name, *counts in zip(names, *positives, strict=True):
