@@ -17,7 +17,7 @@ The method, part by part, in the figure's order                         where
     # SSPA: global branch   x0, T_g -> s_G [B, C], and all arrows       SSPA.forward
     # SSPA: prediction                                                  branch_scores
 
-    python sspa.py --tune-image none --seed 0 1 2       12 minutes on two cores, drawn scenes: 69.06 mAP
+    python sspa.py --tune-image none --seed 0 1 2       12 minutes on two cores, drawn scenes: 68.90 mAP
     python sspa.py --dataset voc2007 --gpu 0            needs the photos and open_clip's weights
     python sspa.py --checkpoint runs/sspa/scenes/checkpoint.safetensors --explain PHOTO        where each label was seen
 
