@@ -63,6 +63,19 @@ def test_f1_equals_sklearn():
     assert metrics.multilabel_f1(scores, labels) == pytest.approx(expected, abs=1e-10)
 
 
+def test_f1_and_ap_equal_torchmetrics():
+    """torchmetrics 1.9.0 gave these: multilabel_average_precision(S, Y, 4, average=None, ignore_index=-1), 0 where
+    there is no positive; multilabel_precision and _recall(S, Y, 4, 0.5, "macro", ignore_index=-1) are CP and CR,
+    "micro" OP and OR. Its macro F1, the mean of the labels' F1, is 53.33: CF1 is no such mean."""
+    scores = np.array([[.9, .5, .3, .2], [.6, .5, .8, .1], [.5, .2, .8, .7], [.1, .9, .4, .6], [.7, .6, .1, .5]])
+    labels = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 0, -1, 0], [0, 1, 0, 0], [1, 1, 1, 0]])
+    assert metrics.average_precision(scores, labels)[:3] == pytest.approx([0.9166667, 0.9166667, 0.75], abs=1e-6)
+    found = metrics.multilabel_f1(scores, labels)
+    expected = {"CP": 66.66667, "CR": 45.83333, "OP": 62.5, "OR": 62.5, "OF1": 62.5}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    assert found["CF1"] == pytest.approx(2 * 66.66667 * 45.83333 / (66.66667 + 45.83333), abs=1e-3)
+
+
 def test_f1_by_hand_with_ignored_and_top_k():
     """Two images, three labels; the -1 counts nowhere. Top 1: image 0 -> label 0 (right), image 1 -> label 1 (wrong).
     Class 0: TP 1, claimed 1, present 1. Class 1: claimed 1, no positive: precision 0, recall undefined, 0. Class 2:
