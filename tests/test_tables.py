@@ -182,7 +182,7 @@ def test_tag(run_all, tmp_path):
     photos = REPOSITORY / "assets/tables"
     lines = run_all("tag", "words.txt", photos, "--count", "60", *options).stdout.splitlines()
     tags = [(tag["photo"], len(tag["labels"]), len(tag["scores"])) for tag in map(json.loads, lines)]
-    assert tags == [(f"{photos}/rp-noise.png", 1, 3), (f"{photos}/rp-texts.png", 1, 3)]
+    assert tags == [(str(photo), 1, 3) for photo in sorted(photos.iterdir())] != []
 
 
 def test_help_mistakes_and_the_demos_table(run_all, tmp_path, capsys):
