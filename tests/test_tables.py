@@ -1,4 +1,5 @@
 """run_all.sh and experiments/tables.py: the list of runs, what tables say of what runs left, docs/results.md."""
+import functools
 import json
 import os
 import re
@@ -164,7 +165,8 @@ def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
 
 
 def test_ctrl_c_ends_the_list(run_all, tmp_path):
-    process, log = run_all(start=subprocess.Popen, ONLY="rp-scenes"), tmp_path / "runs/rp-scenes.log"
+    start = functools.partial(subprocess.Popen, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process, log = run_all(start=start, ONLY="rp-scenes"), tmp_path / "runs/rp-scenes.log"  # also under nohup
     while not log.is_file() or not log.stat().st_size:  # until the first run has said its first word
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
