@@ -298,6 +298,8 @@ def ranking_loss_fused(logits, targets, margin=MARGIN):
     pairs = (present == 1)[..., :, None] & (targets == 0)[..., None, :]          # [..., B, P, C]
     lead = logits.gather(-1, column)[..., :, None] - logits[..., None, :]
     return (torch.relu(margin - lead) * pairs).sum() / logits.shape[-2]
+
+
 # --- RP: classifiers and loss together, the hot path ------------------------------------------------------------------
 def classifier_loss_reference(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0,
                               focal_gradient="full"):
@@ -513,6 +515,7 @@ def all_logits(adapter, x, label_embeddings, rows=8192):
         one = {name: parameter[None] for name, parameter in adapter.of_run(number).items()}
         yield torch.cat([torch.func.functional_call(adapter, one, (part[None], label_embeddings))[0]
                          for part in x.split(rows)])
+
 
 def evaluate(config, adapter, inputs, device):
     """Scores every run on the test photos, no noise -> list of dicts by run"""

@@ -376,7 +376,7 @@ def boxes_of(photo, names):
     if isinstance(photo, Path) and photo.suffix == ".png":
         with Image.open(photo) as image:  # as scenes.py draw marks its own
             split, _, index = image.info.get("scenes", "").partition(" ")
-        photo = (split, int(index)) if index.isdecimal() else photo
+        photo = (split, int(index)) if split in scenes.SPLITS and index.isdecimal() else photo
     if isinstance(photo, tuple):
         found, size = scenes.boxes(*photo), (scenes.SIZE, scenes.SIZE)
     elif (beside := photo.parent.parent / f"Annotations/{photo.stem}.xml").is_file():

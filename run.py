@@ -407,7 +407,7 @@ def baselines(config, prompts, images, truth, features=None, labels=None):
     """What somebody would try first: zero-shot, the cosine with the prompts [C, D]; and the linear probe, learnt from
     features [N, D] with labels [N, C], if there are any. images: [M, D]; truth: numpy [M, C] -> dict for the record"""
     cosine, probe = (F.normalize(images, dim=-1) @ F.normalize(prompts, dim=-1).T).numpy(), None
-    if features is not None and not config.no_probe:
+    if features is not None and not (config.no_probe or config.unseen):  # it would learn what is to be left out
         if features.shape[0] * features.shape[1] * len(prompts) <= PROBE_LIMIT:
             probe = metrics.mean_average_precision(linear_probe(features, labels, images).numpy(), truth)
         else:

@@ -527,6 +527,7 @@ def test_labels_never_trained_on(command, place, tmp_path, script):
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == len(result["runs"]) > 1
     new = [label for label in result["per_class"] if not label["trained"]]
     assert [label["name"] for label in new] == ["boat", "cup"] and len(result["per_class"]) == 18
+    assert result["linear_probe_mAP"] is None  # which would learn them
     assert f"2 labels never trained on: mAP {statistics.mean(label['ap'] for label in new):.2f}, zero-shot" in stdout
     command(script, "--limit 300 --output", tmp_path / "again", "--checkpoint", checkpoint)
     assert result_of(tmp_path / "again")["runs"][0]["ap"] == pytest.approx(result["runs"][0]["ap"], abs=1e-4)
