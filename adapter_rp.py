@@ -431,7 +431,9 @@ def load_inputs(config, clip, names, with_texts=True):
         count, (texts, text_labels) = len(texts), data.with_negatives(texts, text_labels, names)
         texts_from += f" and {len(texts) - count:,} that name no label"
     label_embeddings = prompt_embeddings(config, clip, names)
-    text_embeddings = embed.embed_texts(clip, texts, config.cache) if texts else label_embeddings[:0]
+    text_embeddings = label_embeddings[:0]
+    if texts:
+        text_embeddings = embed.embed_texts(clip, texts, config.cache, quiet=config.quiet)
     images, image_labels, policy = None, None, "no test photos: --labels without a --dataset that knows them"
     if photos is not None:
         images, kept = embed.embed_photos(clip, photos.photos, config.cache, workers=config.workers, quiet=config.quiet)
@@ -535,7 +537,7 @@ def predict(config, adapter, names, clip, device, folder):
                                                  quiet=config.quiet):
             x = prepared(config, tensors["embeddings"].to(device))
             yield rows, torch.sigmoid(next(all_logits(adapter, x, labels))).cpu().numpy()
-    run.tag(config, [photo for path in config.predict for photo in data.list_photos(path)], names, scored, folder)
+    run.tag(config, run.photos_of(config, config.predict), names, scored, folder)
 
 
 # --- main -------------------------------------------------------------------------------------------------------------

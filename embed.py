@@ -98,7 +98,8 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
     look = open_clip.transform.PreprocessCfg(**look)  # size, mean, standard deviation, interpolation
     digest = hashlib.blake2b(f"{backbone} {look}".encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
     name, key = backbone if built_in else f"{backbone} ({pretrained})", digest.hexdigest()
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
     preprocess = open_clip.transform.image_transform_v2(look, is_train=False)
@@ -167,12 +168,17 @@ def _load_weights(open_clip, model, backbone, path):
             # This checkpoint holds only the rows that captions can reach: they go back into the full table.
             table = torch.zeros_like(model.token_embedding.weight)
             state["token_embedding.weight"] = table.index_copy_(0, token_ids, state["token_embedding.weight"])
+        shapes = [{name: tensor.shape for name, tensor in some.items() if "positional" not in name}
+                  for some in (model.state_dict(), state)]  # of positions there may be others, which are resized
+        if wrong := [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]:
+            raise ValueError(f"of another architecture ({len(wrong)} tensors do not fit, first {wrong[0]})")
         open_clip.model.resize_pos_embed(state, model)
         model.load_state_dict(state)
         return None if token_ids is None else set(token_ids.tolist())
 
-    remedy = (f"take the .safetensors that open_clip fetches for {backbone}" if backbone != "scenes" else
-              "make them again with python experiments/train_scenes_clip.py")
+    remedy = f"take the .safetensors that open_clip fetches for {backbone}"
+    if backbone == "scenes":
+        remedy = f"take assets/{scenes.CHECKPOINT.name} of this repository"
     return data.read_stored(path, "weights", read, remedy)
 
 
@@ -213,19 +219,20 @@ def _decode(clip, augment, batch):
 
 
 def decoded(clip, photos, batches, workers, augment=None, naming=True):
-    """Photos decoded by worker processes while the caller computes. batches: lists of b row indices (int) into photos;
-    augment: None, or (seed, epoch, smallest share of the area) for random crops that hang on (seed, epoch, row) alone.
-    -> iterator over (images float32 [b, 3, H, W], readable bool [b]). A photo that cannot be read is all zeros, and is
-    named once on stderr (unless naming is False)."""
+    """Photos decoded by worker processes (None: a core each, at most 16) while the caller computes. batches: lists of b
+    row indices (int) into photos; augment: None, or (seed, epoch, smallest share of the area) for random crops that
+    hang on (seed, epoch, row) alone. -> iterator over (images float32 [b, 3, H, W], readable bool [b]). A photo that
+    cannot be read is all zeros, and is named once on stderr (unless naming is False)."""
     # Workers hand over numpy arrays, which go through a pipe: tensors would go through /dev/shm, and Docker's 64 MB of
     # it do not hold a batch. The generator, because a DataLoader otherwise draws from torch's global one.
     batches, decode = list(batches), functools.partial(_decode, clip._replace(model=None, tokenizer=None), augment)
     loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode, generator=torch.Generator(),
-                        num_workers=min(workers, os.cpu_count()) if len(batches) > 1 else 0)
+                        num_workers=min(16 if workers is None else workers, os.cpu_count()) if len(batches) > 1 else 0)
     for images, wrong in loader:
         for reason in filter(None, wrong if naming else []):
             say_once(f"{reason}; left out")
-        yield torch.from_numpy(images), torch.tensor([reason is None for reason in wrong])
+        images = torch.from_numpy(images)
+        yield images.pin_memory() if torch.cuda.is_available() else images, torch.tensor([not one for one in wrong])
 
 
 def _cache_file(cache, kind, key_parts):
@@ -250,10 +257,19 @@ def _cached(path, compute):
     return tensors
 
 
+def _encode_text(model, tokens):
+    """model.encode_text without the positions behind the longest text's end, which a causal encoder does not need."""
+    ends = tokens.argmax(-1)
+    longest = int(ends.max()) + 1
+    x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
+    return x[torch.arange(len(tokens)), ends] @ model.text_projection
+
+
 @torch.no_grad()
-def embed_texts(clip, texts, cache=None, batch_size=256):
+def embed_texts(clip, texts, cache=None, batch_size=256, quiet=True):
     """Text embeddings, raw (not normalised), float32 [N, D] on the CPU. Texts past the context length are cut and
-    counted in one line; words that the tiny CLIP of scenes was not trained on are named."""
+    counted in one line; words that the tiny CLIP of scenes was not trained on are named. quiet: no progress bar."""
     device, limit = clip.model.logit_scale.device, clip.tokenizer.context_length
     # A token is at least a byte, and two more mark start and end: shorter texts fit.
     tokens = [clip.tokenizer.encode(text) for text in texts if clip.known_tokens or len(text.encode()) + 2 > limit]
@@ -268,9 +284,13 @@ def embed_texts(clip, texts, cache=None, batch_size=256):
     def compute(block):
         batches = [block[start:start + batch_size] for start in range(0, len(block), batch_size)]
         with autocast(device, clip.precision):
-            rows = [clip.model.encode_text(clip.tokenizer(batch).to(device)).float().cpu() for batch in batches]
+            rows = []
+            for batch in batches:
+                rows.append(_encode_text(clip.model, clip.tokenizer(batch).to(device)).float().cpu())
+                bar.update(len(batch))
         return {"embeddings": torch.cat(rows)}
 
+    bar = tqdm(total=len(texts), desc="embedding texts", unit="text", disable=quiet or None)
     blocks = [texts[start:start + TEXTS] for start in range(0, len(texts), TEXTS)]
     files = [_cache_file(cache, "texts", [clip.key, clip.precision, *block]) for block in blocks]
     return torch.cat([_cached(file, functools.partial(compute, block))["embeddings"]
@@ -286,7 +306,7 @@ def _photo_identity(photo):
 
 
 @torch.no_grad()
-def stream_photos(clip, photos, kind="photos", encode=None, cache=None, workers=2, quiet=False):
+def stream_photos(clip, photos, kind="photos", encode=None, cache=None, workers=None, quiet=False):
     """Photos through the image tower, block by block, in their order. encode: images [b, 3, H, W] -> dict of tensors
     [b, ...]; None: {"embeddings": of encode_image}. -> iterator over (indices of a block's readable photos, the dict of
     their tensors, on the CPU). What cannot be read is named at the end. A block is in the cache as soon as it is done.
@@ -306,7 +326,7 @@ def stream_photos(clip, photos, kind="photos", encode=None, cache=None, workers=
             again = decoded(clip, photos, [block], 0, naming=False)  # of a damaged cache file
             images, readable = next(images_of if block in fresh else again)
             with autocast(device, clip.precision):
-                tensors = encode(images.to(device))
+                tensors = encode(images.to(device, non_blocking=True))
             return {name: tensor.cpu()[readable] for name, tensor in tensors.items()} | {"readable": readable}
         for block in blocks:
             yield block, _cached(files[block], functools.partial(compute, block))
@@ -318,11 +338,16 @@ def stream_photos(clip, photos, kind="photos", encode=None, cache=None, workers=
         torch.distributed.barrier()
     for block, tensors in encoded(blocks):
         readable = tensors.pop("readable").numpy()
-        bad += [str(photos[row]) for row in np.array(block)[~readable]]
+        bad += [photos[row] for row in np.array(block)[~readable]]
         yield np.array(block)[readable], tensors
     bar.close()
+    for photo in bad[:20]:
+        try:
+            load_photo(clip, photo)
+        except UsageError as error:
+            say(f"{error}; left out")
     if bad:
-        say(f"{len(bad)} of {len(photos)} photos could not be read: {', '.join([*bad[:20], '...'][:len(bad)])}")
+        say(f"{len(bad)} of {len(photos)} photos could not be read" + ", the first 20 named above" * (len(bad) > 20))
 
 
 def _joined(blocks):
@@ -333,14 +358,14 @@ def _joined(blocks):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, np.concatenate(kept)
 
 
-def embed_photos(clip, photos, cache=None, workers=2, quiet=False):
+def embed_photos(clip, photos, cache=None, workers=None, quiet=False):
     """Global image embeddings, raw. photos: paths or scenes' (split, index). A photo that cannot be read is named and
     left out. -> (float32 [K, D] on the CPU, indices [K] of those that were read). Raises UsageError if none was."""
     tensors, kept = _joined(stream_photos(clip, photos, cache=cache, workers=workers, quiet=quiet))
     return tensors["embeddings"], kept
 
 
-def embed_regions(clip, photos, image_features, cache=None, workers=2, quiet=False):
+def embed_regions(clip, photos, image_features, cache=None, workers=None, quiet=False):
     """Global and region features, raw. image_features: (image tower, images) -> (x0 [b, D], X [b, M, D]).
     -> (float32 [K, D], float16 [K, M, D], indices [K] of the photos that were read); otherwise as embed_photos."""
     def encode(images):

@@ -1,4 +1,4 @@
-"""Pictures for people: a contact sheet of tagged photos, and a sheet that shows where labels were seen in one photo.
+"""Pictures for people: a contact sheet and a page of tagged photos; a sheet that shows where labels were seen in one.
 
 C labels, M regions of a square photo, row by row from the top left. A picture is a PNG, written whole or not at all.
 
@@ -6,6 +6,9 @@ C labels, M regions of a square photo, row by row from the top left. A picture i
 >>> pictures.heat(scenes.picture("test", 0)[0], numpy.arange(64.0)).size
 (224, 224)
 """
+import base64
+import contextlib
+import json
 import math
 from io import BytesIO
 from pathlib import Path
@@ -17,6 +20,7 @@ import data
 
 TILE = 224  # pixels, width and height of the photo and of each map on the sheet of explanation
 GAP = 12    # pixels between the parts of a sheet
+PAGE = 2000  # photos that a page shows at most
 BACKGROUND, WHITE, BRIGHT, DIM = (24, 26, 30), (255, 255, 255), (230, 230, 230), (150, 154, 162)
 HEAT = np.array([255, 150, 30], np.float32)
 
@@ -60,6 +64,28 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
             canvas.text((x + side - 40, y + 1), f"{100 * score:.0f} %", font=font, fill=ink)
             y += bar_height
     return _write(sheet, path)
+
+
+def page(path, lines, total, threshold, top_k=None):
+    """One HTML file, assets/page.html with the first PAGE photos in it: thumbnails, tags, a filter, a slider. -> Path
+
+    lines: JSON {"photo": path, "scores": {label: 0..1, strongest first}} each; total: photos in all; threshold: where
+    the slider starts; top_k: at most so many tags a photo, or None. Raises UsageError if it cannot be written.
+    """
+    photos = []
+    for line in map(json.loads, lines[:PAGE]):
+        photo, stream = Path(line["photo"]), BytesIO()
+        with contextlib.suppress(Exception):  # damaged or gone since; Pillow raises many kinds
+            image = data.open_photo(photo)
+            image.thumbnail((240, 240), reducing_gap=2)
+            image.save(stream, "JPEG", quality=75)
+        thumbnail = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+        photos.append({"name": str(photo), "link": photo.absolute().as_uri(), "thumbnail": thumbnail,
+                       "scores": list(line["scores"].items())[:50]})
+    content = json.dumps({"photos": photos, "total": total, "threshold": threshold, "top_k": top_k})
+    template = (data.ASSETS / "page.html").read_text("utf-8")
+    data.write_atomically(path, template.replace("/*DATA*/", content.replace("<", "\\u003c")))
+    return Path(path)
 
 
 def as_seen(image, normalise):

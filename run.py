@@ -87,7 +87,8 @@ class Options:
     impl: str = option("fused", "fast paths, or the plain formulas", choices=("fused", "reference"))
     gpu: int = option(None, "GPU number (default: 0 if there is one)", "running", at_least=0, metavar="N")
     cpu: bool = option(False, "run on the CPU", "running")
-    workers: int = option(2, "processes that decode photos", "running", at_least=0, metavar="N")
+    workers: int = option(None, "processes that decode photos (default: as many as cores, at most 16)", "running",
+                          at_least=0, metavar="N")
     cache: str = option("runs/cache", "folder of cached features", "running", metavar="DIR")
     output: str = option(None, "folder of results (default: runs/<method>/<dataset>)", "running", metavar="DIR")
     overwrite: bool = option(False, "begin anew in a folder that holds a run", "running")
@@ -97,6 +98,8 @@ class Options:
                             "contact sheet", "running", nargs="+", metavar="PATH")
     tags: str = option(None, "a file at whose end --predict writes its lines; photos whose line is there are left out",
                        "running", metavar="JSONL")
+    html: str = option(None, "a page to look through what --predict tagged: thumbnails, tags, filters", "running",
+                       metavar="FILE")
     score_floor: float = option(0.0, "scores below it are left out of the lines", "running", at_least=0, at_most=1)
     threshold: float = option(0.5, "a label becomes a tag above this score", "running", at_least=0, at_most=1)
     top_k: int = option(None, "the K strongest labels become tags, instead", "running", at_least=1, metavar="K")
@@ -150,6 +153,8 @@ def parse(kind, argv, description, epilog=""):
     if config.predict and not config.checkpoint:
         raise UsageError("--predict uses a trained model: train one, then add --checkpoint DIR/checkpoint.safetensors")
     backbone = config.backbone or ("scenes" if config.dataset == "scenes" else "ViT-B-16")
+    if config.pretrained and not config.backbone and backbone == "scenes" and not config.checkpoint:
+        raise UsageError(f"--pretrained {config.pretrained}: of which CLIP? add --backbone NAME, or leave it out")
     return dataclasses.replace(config, backbone=backbone)
 
 
@@ -494,6 +499,14 @@ def report(result, trained, row_of):
             print(f"  {len(some)} labels {word}: mAP {own:.2f}, zero-shot {zero_shot:.2f}")
 
 
+def photos_of(config, paths):
+    """Photos of one's own, which a model is used on -> list of Paths. Raises UsageError."""
+    photos = [photo for path in paths for photo in data.list_photos(path)]
+    if config.backbone == "scenes":
+        say("CLIP is the scenes toy here, trained on drawn pictures: what it says of photographs means nothing")
+    return photos
+
+
 def tag(config, photos, names, scored, folder):
     """A JSON line a photo, strongest label first, as soon as its scores are there: on stdout, or at the end of --tags,
     where photos whose line is there are left out. predictions.png in the folder shows the first 48. Under torchrun each
@@ -501,16 +514,16 @@ def tag(config, photos, names, scored, folder):
 
     scored: photos -> iterator over (indices of a block's readable photos, scores [b, C] in 0..1). Raises UsageError.
     """
-    if config.backbone == "scenes":
-        say("CLIP is the scenes toy here, trained on drawn pictures: what it says of photographs means nothing")
     out, photos, stamp_of, _lock = open_tags(Path(config.tags), photos) if config.tags else (
         sys.stdout, photos, lambda photo: {}, None)
+    threshold = -1 if config.top_k else config.threshold
+    if config.html and RANK == 0:  # a page that cannot be written is not found out after the work
+        pictures.page(config.html, [], 0, threshold)
     mine = [index for index in range(len(photos)) if index // embed.PHOTOS % WORLD == RANK]
-    lines, own, count = [], open(folder / f".tags.{RANK}", "w", **ANY_NAME) if WORLD > 1 else out, 0  # noqa: SIM115
+    shown, own, count = [], open(folder / f".tags.{RANK}", "w", **ANY_NAME) if WORLD > 1 else out, 0  # noqa: SIM115
     for rows, scores in scored([photos[index] for index in mine]) if mine else ():
-        found, orders = [photos[mine[row]] for row in rows], np.argsort(-scores, axis=1, kind="stable").tolist()
-        tags = [order[:config.top_k] if config.top_k else [label for label in order if row[label] > config.threshold]
-                for order, row in zip(orders, scores, strict=True)]
+        found, orders = [photos[mine[row]] for row in rows], np.argsort(-scores, axis=1, kind="stable")
+        tags = [order[row[order] > threshold][:config.top_k] for order, row in zip(orders, scores, strict=True)]
         if not count and found and RANK == 0:  # before the lines: head leaves early
             say(f"contact sheet: {pictures.contact_sheet(found, names, scores, tags, folder / 'predictions.png')}"
                 + (f" (the first 48 of {len(photos)} photos)" if len(photos) > 48 else ""))
@@ -518,19 +531,31 @@ def tag(config, photos, names, scored, folder):
             line = {"photo": str(photo), "labels": [names[label] for label in chosen],
                     "scores": {names[label]: round(float(of_photo[label]), 4) for label in order
                                if of_photo[label] >= config.score_floor}}
-            print(f"{mine[row]} " * (WORLD > 1) + json.dumps(line | stamp_of(photo), ensure_ascii=False), file=own)
+            line = json.dumps(line | stamp_of(photo), ensure_ascii=False) + "\n"
+            own.write(f"{mine[row]} " * (WORLD > 1) + line)
+            shown += [line] * (len(shown) < pictures.PAGE)
         own.flush()
         count += len(found)
     if WORLD > 1:
         own.close()
         dist.barrier()
+        shown = []
         for part in [folder / f".tags.{rank}" for rank in range(WORLD)] * (RANK == 0):
             with open(part, **ANY_NAME) as file:
-                lines += [line.split(" ", 1) for line in file]
+                shown += [line.split(" ", 1) for line in file]
             part.unlink()
-        out.writelines(line for _, line in sorted(lines, key=lambda line: int(line[0])))
+        shown = [line for _, line in sorted(shown, key=lambda line: int(line[0]))]
+        out.writelines(shown)
+        count = len(shown)
     elif photos and not count:
         raise UsageError("no photo could be read; check the files named above")
+    if config.html and RANK == 0:
+        if config.tags:
+            out.flush()
+            with open(config.tags, **ANY_NAME) as file:  # the last line of a photo that was changed
+                shown = list({json.loads(line)["photo"]: line for line in file}.values())
+            count = len(shown)
+        say(f"page: {pictures.page(config.html, shown, count, threshold, config.top_k)}")
 
 
 ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files are bytes

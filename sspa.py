@@ -429,7 +429,7 @@ def soft_aggregate_reference(label_features, region_features, temperature, scale
     """A label's logit from all regions: those that resemble it more count more, and none is left out.  [idea: paper]
 
     S = cos(label, region), s = scale * sum over M of softmax_M(S / temperature) * S.  [form: field, DualCoOp, TaI-DPT]
-    label_features: [B, C, d]; region_features: [B, M, d]; temperature: in units of the cosine -> [B, C]
+    label_features: [B, C, d], or [C, d] for all; region_features: [B, M, d]; temperature: in units of S -> [B, C]
     """
     S = F.normalize(label_features, dim=-1) @ F.normalize(region_features, dim=-1).mT        # [B, C, M]
     return scale * (torch.softmax(S / temperature, -1) * S).sum(-1)
@@ -444,10 +444,14 @@ def _norms(features):
 
 def soft_aggregate_fused(label_features, region_features, temperature, scale):
     """Same as soft_aggregate_reference, without normalised copies of the features, in blocks of samples."""
-    step, gathered = max(1, AGGREGATOR_BLOCK // (label_features.shape[1] * region_features.shape[1])), []
-    for t, x in zip(label_features.split(step), region_features.split(step), strict=True):
-        cosine = t @ x.mT / _norms(t) / _norms(x).mT                             # [b, C, M]
-        gathered.append(torch.linalg.vecdot(torch.softmax(cosine / temperature, -1), cosine))
+    step = max(1, AGGREGATOR_BLOCK // (label_features.shape[-2] * region_features.shape[1]))
+    if label_features.ndim == 2:
+        t = F.normalize(label_features, dim=-1)
+        cosines = (t @ F.normalize(x, dim=-1).mT for x in region_features.split(step))      # [b, C, M]
+    else:
+        pairs = zip(label_features.split(step), region_features.split(step), strict=True)
+        cosines = (t @ x.mT / _norms(t) / _norms(x).mT for t, x in pairs)
+    gathered = [torch.linalg.vecdot(torch.softmax(cosine / temperature, -1), cosine) for cosine in cosines]
     return scale * torch.cat(gathered)
 
 
@@ -740,7 +744,7 @@ def batches_of(config, clip, photos, batches, augment=None):
     decoded = embed.decoded(clip, photos.photos, [rows.tolist() for rows in batches], config.workers, augment)
     for rows, (images, readable) in zip(batches, decoded, strict=True):
         with embed.autocast(device, config.precision):
-            x0, X = image_features(clip.model.visual, images.to(device))
+            x0, X = image_features(clip.model.visual, images.to(device, non_blocking=True))
         yield x0, X, torch.where(readable[:, None], photos.labels[rows], -1).to(device)
 
 
@@ -860,14 +864,14 @@ def predict(config, clip, model, names, device, folder):
             yield rows, tensors["scores"].numpy()
     with torch.no_grad(), embed.autocast(device, config.precision):
         prompts = model.prompts()
-    run.tag(config, [photo for path in config.predict for photo in data.list_photos(path)], names, scored, folder)
+    run.tag(config, run.photos_of(config, config.predict), names, scored, folder)
 
 
 @torch.no_grad()
 def explain(config, clip, model, names, device, folder):
     """Where the strongest labels were seen: a picture a photo in folder/explain, its path on stdout. A row a label: its
     similarity to every region after GDMA, DSF's attention, boxes where known; and the S-to-V gate's mean channel."""
-    paths, drawn = [photo for path in config.explain for photo in data.list_photos(path)], 0
+    paths, drawn = run.photos_of(config, config.explain), 0
     decoded = embed.decoded(clip, paths, [[row] for row in range(len(paths))], config.workers)
     for path, (images, readable) in zip(paths, decoded, strict=True):
         if not readable.all():

@@ -174,7 +174,7 @@ def trained(command, tmp_path_factory):
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 OPTIONS = """dataset data-root policy labels unseen limit no-probe backbone pretrained resolution precision gpu cpu
-    seed epochs batch-size lr impl workers cache output overwrite save-all checkpoint predict tags score-floor
+    seed epochs batch-size lr impl workers cache output overwrite save-all checkpoint predict tags html score-floor
     threshold top-k quiet gamma-neg clip focal-gradient"""
 OWN_OPTIONS = {RP: "features texts text-count noise-law noise-std normalize adapter head loss",
                SSPA: """descriptions photo-count tune-image context-length attention-scale no-dsf fusion
@@ -209,6 +209,7 @@ REFUSED = {  # why somebody types it, words, what the answer must hold
          ("of old", "--precision fp16", "'fp32', 'bf16'"), ("digits swapped", "--backbone ViT-B-61", "ViT-B-16"),
          ("no such weights", "--backbone ViT-S-32-alt --pretrained openai", "--pretrained openai: "),
          ("not fetched", "--dataset voc2007 --backbone scenes --data-root {f}", "VOCtrainval_06-Nov-2007.tar"),
+         ("which", "--labels {f}/few.txt --pretrained laion", "--pretrained laion: of which CLIP? add --backbone NAME"),
          ("all at once", "--predict {f}/photos", "train one, then add --checkpoint"),
          ("no encoder", "--features {f}/features.npz --checkpoint {rp} --predict x", "leave --texts and --predict out"),
          ("labels it lacks", "--features {f}/features.npz --labels {f}/few.txt", "--labels names 'sun', which"),
@@ -378,7 +379,7 @@ INPUTS = {  # option and file: script, what is good, the remedy
     "--texts captions.json": (RP, b'{"annotations": [{"caption": "a sun"}]}', "COCO|valid JSON|UTF-8"),
     "--descriptions table.json": (SSPA, b'{"descriptions": {"sun": "A sun is round."}}', "must be|valid JSON|UTF-8"),
     "--features features.npz": (RP, None, "it must be an .npz without pickles of text_embeddings"),
-    "--pretrained clip.safetensors": (RP, scenes.CHECKPOINT.read_bytes(), "train_scenes_clip.py"),
+    "--pretrained clip.safetensors": (RP, scenes.CHECKPOINT.read_bytes(), "take assets/scenes_clip.safetensors of"),
     "--checkpoint rp.safetensors": (RP, None, "pass a checkpoint.safetensors that this script wrote"),
     "--checkpoint sspa.safetensors": (SSPA, None, "pass a checkpoint.safetensors that this script wrote")}
 
@@ -404,7 +405,8 @@ def test_damaged_input(command, place, trained, tmp_path, bomb, case):
             odd |= {"bare": save(tensors), "settings": save(tensors, {**metadata, "settings": "[1]"})}
     elif option == "--labels":  # to it the others are names
         odd = {"torn": None, "text": None, "list": None}
-    more = {"--checkpoint": "", "--descriptions": "--tune-image none --epochs 1"}.get(option, "--epochs 1")
+    more = {"--checkpoint": "", "--descriptions": "--tune-image none --epochs 1",
+            "--pretrained": "--backbone scenes --epochs 1"}.get(option, "--epochs 1")
     check_refused(command, (script, "--limit 20", more, option, file), file, odd, remedy)
     command(script, "--limit 20", more, option, file, "--output", tmp_path / "out")
 
@@ -538,14 +540,22 @@ def test_labels_never_trained_on(command, place, tmp_path, script):
     assert "--unseen dragon: must" in command(*words, "--unseen dragon", expect=2)[1]
 
 
+def page_of(path):
+    """[(photo, scores), ...] that a page shows"""
+    content, = re.findall("^const .* = (.*);$", path.read_text(), re.MULTILINE)[:1]
+    return [(photo["name"], dict(photo["scores"])) for photo in json.loads(content)["photos"]]
+
+
 @BOTH
 def test_tags_and_explanations(command, trained, place, tmp_path, script):
     """A JSON line a photo, whatever bytes its name has; what cannot be read is named; pictures."""
     words = (script, "--checkpoint", trained[script].checkpoint, "--output", tmp_path, "--predict", place / "photos")
-    stdout, stderr = command(*words, "--top-k 2")
+    stdout, stderr = command(*words, "--top-k 2 --html", tmp_path / "page.html")
+    assert "the scenes toy here" in stderr and "cannot write /proc/x" in command(*words, "--html /proc/x", expect=2)[1]
     two = [json.loads(line) for line in stdout.splitlines()]
+    assert page_of(tmp_path / "page.html") == [(line["photo"], line["scores"]) for line in two]
     assert [line["photo"] for line in two] == sorted(map(str, (place / "photos").glob("[!t]*.*g")))
-    assert stderr.count("torn.jpg") == 1 and min(Image.open(tmp_path / "predictions.png").size) > 200
+    assert stderr.count("torn.jpg: cannot be read (") == 1 and min(Image.open(tmp_path / "predictions.png").size) > 200
     middle = statistics.mean(list(two[0]["scores"].values())[4:6])
     above = [json.loads(line) for line in command(*words, f"--threshold {middle}")[0].splitlines()]
     for line, other in zip(two, above, strict=True):
@@ -601,16 +611,22 @@ def test_tags_file(start, command, trained, cache, tmp_path, script):
     for name in ("001.png", "200.png"):
         Image.new("RGB", (30, 20)).save(photos / name)
     assert "1 photos are gone, their lines stay (first: " in command(*words, "--tags", whole)[1]
-    more = [Path(json.loads(line)["photo"]).name for line in whole.read_bytes()[len(content):].splitlines()]
-    assert more == ["001.png", "200.png"] and whole.read_bytes().startswith(content)
-    lines = command(*words)[0]
+    more = [json.loads(line) for line in whole.read_bytes()[len(content):].splitlines()]
+    assert [Path(line["photo"]).name for line in more] == ["001.png", "200.png"]
+    assert whole.read_bytes().startswith(content)
+    command(*words, "--html", tmp_path / "page.html", "--tags", whole)  # nothing is left to tag, and all is on the page
+    shown = page_of(tmp_path / "page.html")
+    assert len(shown) == 151 and shown[1] == (str(photos / "001.png"), more[0]["scores"])
+    lines = command(*words, "--html", tmp_path / "page.html")[0]
+    shown = page_of(tmp_path / "page.html")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    both = [start(*words, "--cache", cache, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **meeting)
-            for rank in "01"]
+    words += ("--html", tmp_path / "two.html", "--cache", cache)
+    both = [start(*words, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
     ends = [running.end() for running in both]
     assert (ends[0][0], ends[1][0]) == (lines, "") and not list(tmp_path.glob(".tags*"))
+    assert page_of(tmp_path / "two.html") == shown
 
 
 def test_a_line_is_there_before_the_next_photos(capsys, tmp_path):

@@ -76,6 +76,16 @@ def test_f1_and_ap_equal_torchmetrics():
     assert found["CF1"] == pytest.approx(2 * 66.66667 * 45.83333 / (66.66667 + 45.83333), abs=1e-3)
 
 
+def test_f1_and_ap_equal_rams():
+    """RAM's public code (precision_recall and mAP_class at commit a2553f7, run on this table) gave these: every class
+    counts, one without a positive (the last) with 0. Tied scores hang on the order of rows there, so not in class 1."""
+    scores = np.array([[.9, .5, .3, .2], [.6, .5, .8, .1], [.5, .2, .8, .7], [.1, .9, .4, .6], [.7, .6, .1, .5]])
+    labels = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0]])
+    found = metrics.multilabel_f1(scores, labels)
+    assert [found["CP"], found["CR"]] == pytest.approx([54.1666666, 45.8333333], abs=1e-6)
+    assert metrics.average_precision(scores, labels)[[0, 2]] == pytest.approx([0.9166667, 0.45], abs=1e-6)
+
+
 def test_f1_by_hand_with_ignored_and_top_k():
     """Two images, three labels; the -1 counts nowhere. Top 1: image 0 -> label 0 (right), image 1 -> label 1 (wrong).
     Class 0: TP 1, claimed 1, present 1. Class 1: claimed 1, no positive: precision 0, recall undefined, 0. Class 2:

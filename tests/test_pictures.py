@@ -1,4 +1,10 @@
 """pictures.py, read back from the pixels of what it writes."""
+import html
+import json
+import re
+import shutil
+import subprocess
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,3 +74,70 @@ def test_boxes_are_outlined_on_the_photo_and_on_their_labels_maps(tmp_path):
     expected = [(left + column * pitch, top + row * height) for column, row in ((0, 0), (1, 1), (2, 1))]
     assert sorted((columns.start, rows.start) for rows, columns in parts) == expected
     assert {(rows.stop - rows.start, columns.stop - columns.start) for rows, columns in parts} == {(112, 112)}
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def in_browser(page, script):
+    """What a script gives that runs in a page in headless Chromium"""
+    driven = page.with_name("driven.html")
+    driven.write_text(f"{page.read_text()}<script>document.title = JSON.stringify((() => {{{script}}})())</script>")
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", driven.as_uri()]
+    done = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=300)
+    return json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout, re.DOTALL)[1]))
+
+
+VISIBLE = """const visible = () => photos.filter(photo => photo.figure.offsetHeight > 0);
+const seen = () => visible().map(photo => photo.tags.textContent);
+const buttons = () => [...document.querySelectorAll("button")];
+const press = text => buttons().find(button => button.textContent.startsWith(text)).click();
+const count = () => element("count").textContent, move = to => { element("threshold").value = to; show(); };"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_page_in_a_browser(tmp_path):
+    """A click on a label leaves its photos, a second one brings all back; the slider chooses tags; names are text."""
+    names = ["a.jpg", "<img src=x onerror=alert(1)>.jpg", "</script>&quot;.jpg", "gone.jpg"]
+    for name in names[:3]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        SEEN.save(tmp_path / name)
+    scores = [{"sun": 0.9, "<b>moon</b>": 0.6}, {"sun": 0.7}, {"<b>moon</b>": 0.55}, {"sun": 0.1}]
+    shown = zip(names, scores, strict=True)
+    lines = [json.dumps({"photo": str(tmp_path / name), "scores": of_one}) for name, of_one in shown]
+    page = pictures.page(tmp_path / "page.html", lines, 9, 0.5)
+    all_shown, moons, again, high, wide, loaded, markup = in_browser(page, VISIBLE + """
+        const found = [seen()];
+        for (const act of [() => press("<b>moon"), () => press("<b>moon"), () => move(0.65), () => move(0)]) {
+          act();
+          found.push(seen());
+        }
+        const widths = [...document.images].map(image => image.naturalWidth);
+        return [...found, widths, document.querySelectorAll("main b, header b").length];
+    """)
+    assert all_shown == again == ["sun 90 %, <b>moon</b> 60 %", "sun 70 %", "<b>moon</b> 55 %", ""]
+    assert moons == ["sun 90 %, <b>moon</b> 60 %", "<b>moon</b> 55 %"] and high == ["sun 90 %", "sun 70 %", "", ""]
+    assert wide[3] == "sun 10 %" and loaded == [64, 64, 64, 0] and markup == 0
+    assert in_browser(page, VISIBLE + "return count()") == "4 of 4 photos (the first 4 of 9)"
+    page = pictures.page(tmp_path / "page.html", lines, 4, -1, top_k=1)
+    assert in_browser(page, VISIBLE + "return seen()") == ["sun 90 %", "sun 70 %", "<b>moon</b> 55 %", "sun 10 %"]
+    assert "http" not in page.read_text().replace(tmp_path.as_uri(), "")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+def test_page_of_two_thousand_photos_stays_usable(tmp_path):
+    """Twenty moves of the slider and twenty clicks, each laid out, within a second on average."""
+    SEEN.resize((400, 300)).save(tmp_path / "photo.jpg")
+    draw = np.random.default_rng(0)
+    lines = [json.dumps({"photo": str(tmp_path / "photo.jpg"), "scores": {f"label {label}": draw.random() for label in
+                         draw.permutation(80)}}) for _ in range(pictures.PAGE + 1)]
+    page = pictures.page(tmp_path / "page.html", lines, len(lines), 0.5)
+    text, milliseconds = in_browser(page, VISIBLE + """
+        const began = performance.now();
+        for (let round = 0; round < 20; round++) {
+          move(0.3 + 0.02 * round);
+          press("label 7 ");
+          document.body.offsetHeight;
+        }
+        return [count(), (performance.now() - began) / 40];""")
+    assert text == "2000 of 2000 photos (the first 2000 of 2001)" and milliseconds < 1000

@@ -248,6 +248,10 @@ def test_soft_aggregate_fused_equals_reference(monkeypatch, block, B, C, M, d, t
     inputs = [T, X, *(scalar.requires_grad_() for scalar in scalars)]
     same(*losses, inputs, **usual)
     same(*(lambda T, X, scale, f=f: f(T, X, temperature, scale) for f in AGGREGATES), inputs[:3], **usual)
+    shared = [T[0].detach().requires_grad_(), *inputs[1:3]]  # labels that are the same for all images
+    same(*(lambda T, X, scale, f=f: f(T, X, temperature, scale) for f in AGGREGATES), shared, **usual)
+    expanded = sspa.soft_aggregate_reference(T[:1].expand(B, -1, -1), X, temperature, scale)
+    torch.testing.assert_close(sspa.soft_aggregate_fused(T[0], X, temperature, scale), expanded)
 
 
 # --- the whole, and learning ------------------------------------------------------------------------------------------
