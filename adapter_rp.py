@@ -79,21 +79,24 @@ class Config(run.Options):
     text_count: int = option(None, "so many training texts: made here (default: 8000), or drawn from a file by a fixed "
                              "seed, fewer among more (default: all)", "data", at_least=1, metavar="N")
     precision: str = option("fp32", "of the CLIP towers", "CLIP", choices=("fp32", "bf16"))
-    noise_law: str = option("gaussian", "[choice D1]", choices=("gaussian", "uniform", "sphere", "none"))
-    noise_std: tuple = option((0.15,), "[choice D2] one or more, the first is the main one; per coordinate, times the "
-                              "mean text norm; order: normalise (if asked), add noise, do not renormalise", nargs="+",
-                              type=float, at_least=0)
-    normalize: bool = option(False, "[choice D3] unit embeddings instead of raw ones")
-    adapter: str = option("mlp", "[choice D4]", choices=("mlp", "linear"))
-    head: str = option("per-label", "[choice D6]", choices=("per-label", "label-embedding"))
-    loss: str = option("asymmetric", "[author D7]", choices=("asymmetric", "bce", "ranking"))
-    gamma_neg: float = option(4.0, "[author D7] focusing exponent of absent labels", at_least=0)
-    clip: float = option(0.0, "[author D7] subtracted from the probability of absent labels", at_least=0, below=1)
-    focal_gradient: str = option("full", "[choice D7] through the loss's focusing weights too; stopped [author]",
+    noise_law: str = option("gaussian", "what the noise on text embeddings is drawn from [choice D1]",
+                            choices=("gaussian", "uniform", "sphere", "none"))
+    noise_std: tuple = option((0.15,), "its strength, times the mean text norm [choice D2]; of several the first is "
+                              "the checkpoint's", nargs="+", type=float, at_least=0)
+    normalize: bool = option(False, "embeddings of length 1 instead of raw ones, before the noise [choice D3]")
+    adapter: str = option("mlp", "mlp: a hidden layer; linear: none [choice D4]", choices=("mlp", "linear"))
+    head: str = option("per-label", "how labels are read off: a classifier for each, or by likeness to their names' "
+                       "embeddings, new ones too [choice D6]", choices=("per-label", "label-embedding"))
+    loss: str = option("asymmetric", "what training lowers: asymmetric [author D7] spares easy absent labels, bce is "
+                       "plain, ranking compares labels", choices=("asymmetric", "bce", "ranking"))
+    gamma_neg: float = option(4.0, "asymmetric loss: larger spares easy absent labels more [author D7]", at_least=0)
+    clip: float = option(0.0, "that loss: an absent label below this probability costs nothing [author D7]",
+                         at_least=0, below=1)
+    focal_gradient: str = option("full", "that loss: its weights are differentiated too [choice D7]; stopped [author]",
                                  choices=("full", "stopped"))
-    lr: float = option(1e-3, "[choice D8] AdamW, cosine to 0", above=0)
-    epochs: int = option(30, "[choice D8]", at_least=1)
-    batch_size: int = option(512, "[choice D8] texts a step", at_least=1)
+    lr: float = option(1e-3, "learning rate at the start; it falls to 0 [choice D8]", above=0)
+    epochs: int = option(30, "passes over the texts [choice D8]", at_least=1)
+    batch_size: int = option(512, "texts a step [choice D8]", at_least=1)
 
 
 # --- RP: random perturbation ------------------------------------------------------------------------------------------
@@ -495,7 +498,8 @@ def train(config, inputs, device, folder):
             total += loss.detach()
         total = float(total) / steps / len(adapter.w2)
         if not math.isfinite(total) or not all(parameter.isfinite().all() for parameter in adapter.parameters()):
-            raise run.Diverged(f"training diverged in epoch {epoch + 1} (loss {total}); lower --lr (now {config.lr:g})")
+            raise run.Diverged(f"training diverged in epoch {epoch + 1} (loss {total}); lower --lr (now {config.lr:g}) "
+                               f"or --noise-std (now {max(strengths):g})")
         log.append({"epoch": epoch + 1, "loss": total, "seconds": round(time.time() - began, 3)})
         bar.set_postfix(loss=f"{total:.3f}")
         if time.time() > save_at and epoch + 1 < config.epochs:

@@ -311,15 +311,20 @@ class LabelledPhotos(NamedTuple):
 
 
 def list_photos(path):
-    """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted Paths. Raises UsageError."""
-    path = Path(path)
-    known = (*PHOTO_SUFFIXES, ".heic", ".heif")
-    found = [path] if path.is_file() else sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in known and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts))
-    photos = [file for file in found if path.is_file() or file.suffix.lower() in PHOTO_SUFFIXES]
-    if len(photos) < len(found):
-        say(f"{path}: {len(found) - len(photos)} .heic photos are left out, which Pillow does not read; convert them")
+    """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted Paths. Folders that are linked
+    or locked, and .heic photos, are left out and counted in a line. Raises UsageError."""
+    path, photos, heic, closed = Path(path), [], [], []
+    walk = os.walk(path, onerror=lambda error: closed.append(error.filename)) if path.is_dir() else ()
+    for folder, inner, files in walk:
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        closed += [link for name in inner if os.path.islink(link := os.path.join(folder, name))]
+        files = [Path(folder, name) for name in files if not name.startswith(".")]
+        photos += [file for file in files if file.suffix.lower() in PHOTO_SUFFIXES and file.is_file()]
+        heic += [file for file in files if file.suffix.lower() in (".heic", ".heif")]
+    for what, some in (("folders, linked or locked,", closed), (".heic photos, which Pillow cannot read,", heic)):
+        if some:
+            say(f"{path}: {len(some)} {what} are left out (first: {min(some)})")
+    photos = [path] if path.is_file() else sorted(photos)
     if not photos:
         reason = "no photo in this folder" if path.is_dir() else "no such file or folder"
         raise UsageError(f"photos {path}: {reason}; photos end in {' '.join(PHOTO_SUFFIXES)}")

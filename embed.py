@@ -282,13 +282,13 @@ def embed_texts(clip, texts, cache=None, batch_size=256, quiet=True):
         say(f"the {clip.name} CLIP has never seen: {words}; such words mean nothing to it")
 
     def compute(block):
-        batches = [block[start:start + batch_size] for start in range(0, len(block), batch_size)]
+        tokens, rows = clip.tokenizer(block), []
+        by_length = tokens.argmax(-1).argsort(stable=True)
         with autocast(device, clip.precision):
-            rows = []
-            for batch in batches:
-                rows.append(_encode_text(clip.model, clip.tokenizer(batch).to(device)).float().cpu())
+            for batch in by_length.split(batch_size):
+                rows.append(_encode_text(clip.model, tokens[batch].to(device)).float().cpu())
                 bar.update(len(batch))
-        return {"embeddings": torch.cat(rows)}
+        return {"embeddings": torch.cat(rows)[by_length.argsort()]}
 
     bar = tqdm(total=len(texts), desc="embedding texts", unit="text", disable=quiet or None)
     blocks = [texts[start:start + TEXTS] for start in range(0, len(texts), TEXTS)]

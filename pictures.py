@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import math
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def _write(sheet, path):
     return Path(path)
 
 
+def _text(canvas, x, y, text, size, fill):
+    """Pillow's own font knows ASCII alone. The rest is written in DejaVu, where matplotlib brings it, or as codes."""
+    font = ImageFont.load_default(size)
+    if not text.isascii():
+        if found := find_spec("matplotlib"):
+            font = ImageFont.truetype(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", size - 1)
+        lacking = bytes(font.getmask("\U0010fffd"))
+        text = "".join(ascii(letter)[1:-1] if bytes(font.getmask(letter)) == lacking else letter for letter in text)
+    canvas.text((x, y), text, font=font, fill=fill)
+
+
 def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
     """One PNG of the photos with their four strongest labels as bars below each; chosen tags are bright, the rest grey.
 
@@ -40,7 +52,6 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
     """
     photos, bars = photos[:limit], min(4, len(names))
     side, title_height, bar_height = 260, 20, 22  # pixels
-    font, small = ImageFont.load_default(15), ImageFont.load_default(11)
     columns, rows = min(per_row, len(photos)), math.ceil(len(photos) / per_row)
     width, height = side + GAP, side + title_height + bars * bar_height + GAP
     sheet = Image.new("RGB", (GAP + columns * width, GAP + rows * height), BACKGROUND)
@@ -52,7 +63,7 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
         image = image.resize(shrunk, Image.Resampling.BICUBIC)
         sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
         title = photo.name[-44:] if isinstance(photo, Path) else " ".join(map(str, photo))
-        canvas.text((x, y + side + 3), title, font=small, fill=(120, 124, 132))
+        _text(canvas, x, y + side + 3, title, 11, (120, 124, 132))
         y += side + title_height
         for label in np.argsort(-scores[number], kind="stable")[:bars]:
             score, chosen = float(scores[number, label]), int(label) in tags[number]
@@ -60,8 +71,8 @@ def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
             top, bottom = y + 2, y + bar_height - 4
             canvas.rectangle([x, top, x + side - 1, bottom], fill=(42, 45, 52))
             canvas.rectangle([x, top, x + max(1, round(score * (side - 1))), bottom], fill=bar_colour)
-            canvas.text((x + 6, y + 1), names[label][:26], font=font, fill=ink)
-            canvas.text((x + side - 40, y + 1), f"{100 * score:.0f} %", font=font, fill=ink)
+            _text(canvas, x + 6, y + 1, names[label][:26], 15, ink)
+            _text(canvas, x + side - 40, y + 1, f"{100 * score:.0f} %", 15, ink)
             y += bar_height
     return _write(sheet, path)
 
@@ -117,7 +128,7 @@ def explanation(path, title, seen, names, scores, strongest, maps, region_gate=N
     left, top, right, bottom, ...) in shares of the square, outlined on the label's maps, and all of them on the photo.
     Raises UsageError if it cannot be written.
     """
-    font, small, line = ImageFont.load_default(15), ImageFont.load_default(12), 20
+    line = 20  # pixels
     width, height = TILE + GAP, TILE + 2 * line + GAP
     rows = max(3, len(strongest))  # the left column holds the photo, the regions' gate and the scores
     sheet = Image.new("RGB", (GAP + (1 + len(maps)) * width, GAP + rows * height), BACKGROUND)
@@ -125,9 +136,9 @@ def explanation(path, title, seen, names, scores, strongest, maps, region_gate=N
 
     def draw_tile(picture, column, row, above, below):
         x, y = GAP + column * width, GAP + row * height
-        canvas.text((x, y), above, font=font, fill=BRIGHT)
+        _text(canvas, x, y, above, 15, BRIGHT)
         sheet.paste(picture, (x, y + line))
-        canvas.text((x, y + line + TILE + 2), below, font=small, fill=DIM)
+        _text(canvas, x, y + line + TILE + 2, below, 12, DIM)
 
     def outlined(picture, labels):
         for label, *corners in boxes:
@@ -149,11 +160,11 @@ def explanation(path, title, seen, names, scores, strongest, maps, region_gate=N
             draw_map(values[label], column, row, f"{names[label][:14]}: {map_title}", [label])
 
     x, y = GAP, GAP + 2 * height
-    canvas.text((x, y), "label", font=font, fill=BRIGHT)
-    canvas.text((x + 112, y), "score" if label_gate is None else "score    V-to-S", font=font, fill=BRIGHT)
+    _text(canvas, x, y, "label", 15, BRIGHT)
+    _text(canvas, x + 112, y, "score" if label_gate is None else "score    V-to-S", 15, BRIGHT)
     for label in np.argsort(-scores, kind="stable")[:10]:
         y += line
         gate = "" if label_gate is None else f"      {100 * label_gate[label]:4.1f} %"
-        canvas.text((x, y), names[label][:14], font=font, fill=BRIGHT)
-        canvas.text((x + 112, y), f"{100 * scores[label]:3.0f} %{gate}", font=font, fill=DIM)
+        _text(canvas, x, y, names[label][:14], 15, BRIGHT)
+        _text(canvas, x + 112, y, f"{100 * scores[label]:3.0f} %{gate}", 15, DIM)
     return _write(sheet, path)

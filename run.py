@@ -78,12 +78,12 @@ class Options:
     backbone: str = option(None, "open_clip's name, or scenes (default: scenes for scenes, else ViT-B-16)", "CLIP")
     pretrained: str = option(None, "open_clip's tag, a file, or none: random (default: openai)", "CLIP", metavar="FILE")
     resolution: int = option(None, "pixels (default: the backbone's own)", "CLIP", at_least=1)
-    precision: str = option(None, "of the CLIP towers; losses are fp32 (default: bf16 on a GPU, else fp32)", "CLIP",
+    precision: str = option(None, "CLIP's numbers; losses are fp32 (default: bf16 on a GPU, else fp32)", "CLIP",
                             choices=("fp32", "bf16"))
     lr: float = option(None, "learning rate", above=0)
     epochs: int = option(None, "passes over the training data", at_least=1)
     batch_size: int = option(None, "rows an optimiser step", at_least=1)
-    seed: tuple = option((0,), "one or more", nargs="+", type=int, at_least=0, below=2 ** 40)
+    seed: tuple = option((0,), "of all that is drawn; one or more", nargs="+", type=int, at_least=0, below=2 ** 40)
     impl: str = option("fused", "fast paths, or the plain formulas", choices=("fused", "reference"))
     gpu: int = option(None, "GPU number (default: 0 if there is one)", "running", at_least=0, metavar="N")
     cpu: bool = option(False, "run on the CPU", "running")
@@ -479,8 +479,9 @@ def record(method, config, argv, settings, device, seconds, names, truth, runs, 
 
 def report(result, trained, row_of):
     """Print a result as a person reads it. trained: from what it learnt; row_of: run -> what its row is called"""
-    print(f"{result['dataset']}: {result['photo_count']:,} test photos, {result['label_count']} labels; "
-          f"{result['backbone']}; {trained}; {len(result['seeds'])} seed{'s' * (len(result['seeds']) > 1)}")
+    tested = f"{result['dataset']}: {result['photo_count']:,} test photos, " * bool(result["photo_count"])
+    print(f"{tested}{result['label_count']:,} labels; {result['backbone']}; {trained}; {len(result['seeds'])} seed"
+          + "s" * (len(result["seeds"]) > 1))
     if result["zero_shot_mAP"] is None:
         print("(no test photos for these labels: nothing to score; --dataset names a set that has them)")
         return

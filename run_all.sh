@@ -9,7 +9,8 @@
 #                         FEATURES=FILE.npz            ready embeddings             TEXTS=FOLDER      <dataset>.jsonl
 # bash run_all.sh --plan  prints the command of every run, and makes none
 # bash run_all.sh demo    trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
-# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [then any options of adapter_rp.py]
+# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [then any options of adapter_rp.py, as
+#                         --backbone ViT-L-14 --pretrained TAG-OR-FILE --threshold 0.6 --top-k 5 --html FILE]
 #                         from label names, one a line, to tagged photos: sentences, an adapter, a JSON line a photo
 # bash run_all.sh test    runs the tests; more words go to pytest
 set -eo pipefail
@@ -117,6 +118,9 @@ case "$1" in
         cd "$CALLED_FROM"
         [ -f "$2" ] && [ -e "$3" ] || fail "tag needs a label file and a folder of photos, before any option; see -h"
         words="$2" photos="$3" author=()
+        PYTHONPATH="$HERE" python -c 'import sys, data
+try: data.list_photos(sys.argv[1])
+except data.UsageError as error: sys.exit(f"run_all.sh: {error}")' "$photos" || exit 2
         shift 3
         while [[ "$1" =~ ^--(llm|model|count)$ ]]; do
             author+=("$1=$2")
@@ -132,6 +136,6 @@ case "$1" in
         python "$HERE/adapter_rp.py" --checkpoint "$folder/checkpoint.safetensors" --predict "$photos" "$@"
         ;;
     test) python -m pytest -q -rs tests "${@:2}" ;;
-    -h | --help) sed -n '2,14s/^# //p' run_all.sh ;;
+    -h | --help) sed -n '2,15s/^# //p' run_all.sh ;;
     *) fail "no command '$1'; -h lists them" ;;
 esac

@@ -104,28 +104,31 @@ class Config(run.Options):
                               "data", at_least=1, metavar="N")
     tune_image: str = option(None, "image tower: full, trained at --image-lr-factor; none, frozen, its features cached "
                              "(default: full [figure]; none with --ablate)", choices=("none", "full"))
-    context_length: int = option(4, "[figure: 4 drawn; choice D1] context vectors a prompt set", at_least=1)
-    attention_scale: float = option(10.0, "[choice D4] of the attentions, learned; 0: fixed 1 / sqrt(d)", at_least=0)
+    context_length: int = option(4, "learnable words before a label's name [figure: 4 drawn; choice D1]", at_least=1)
+    attention_scale: float = option(10.0, "sharpness of attention at first; 0: fixed 1/sqrt(d) [choice D4]", at_least=0)
     no_dsf: bool = option(False, "ablation: the prompts are not filtered by the image")
-    fusion: str = option("qsm", "[figure] qsm; ablations: one prompt alone, sum, concat",
+    fusion: str = option("qsm", "how prompts and image join: the quaternion network [figure]; others are ablations",
                          choices=("qsm", "knowledge", "context", "sum", "concat"))
-    quaternion_layers: int = option(2, "[choice D6] of QSM, the mapping among them", at_least=1)
-    alignment: str = option("both", "[figure] of GDMA; ablations", choices=("both", "v-to-s", "s-to-v", "none"))
+    quaternion_layers: int = option(2, "layers of that network, the first maps into it [choice D6]", at_least=1)
+    alignment: str = option("both", "who asks in GDMA: labels, regions, both [figure]; others are ablations",
+                            choices=("both", "v-to-s", "s-to-v", "none"))
     no_gate: bool = option(False, "ablation: GDMA adds its attention output ungated")
-    aggregator: str = option("soft", "[paper] soft; ablations: mean, max", choices=("soft", "mean", "max"))
-    temperature: float = option(0.1, "[choice D8] of the soft aggregator, in units of the cosine", above=0)
-    branches: str = option("both", "[figure] both; one alone is an ablation", choices=("both", "global", "regional"))
-    gamma_neg: float = option(2.0, "[author D10] focusing exponent of absent labels", at_least=0)
-    clip: float = option(0.0, "[author D10] subtracted from the probability of absent labels", at_least=0, below=1)
-    focal_gradient: str = option("full", "[choice D10] through the loss's focusing weights too; stopped [author]",
+    aggregator: str = option("soft", "a label's score from all regions [paper]; ablations: mean, max",
+                             choices=("soft", "mean", "max"))
+    temperature: float = option(0.1, "smaller: its best regions count more [choice D8]", above=0)
+    branches: str = option("both", "scores from the whole image, from its regions, or both [figure]",
+                           choices=("both", "global", "regional"))
+    gamma_neg: float = option(2.0, "loss: larger spares easy absent labels more [author D10]", at_least=0)
+    clip: float = option(0.0, "loss: absent labels below it cost nothing [author D10]", at_least=0, below=1)
+    focal_gradient: str = option("full", "loss: its weights are differentiated too [choice D10]; stopped [author]",
                                  choices=("full", "stopped"))
-    regional_weight: float = option(1.0, "[author D10] lambda of L = L_G + lambda L_R", at_least=0)
-    lr: float = option(None, "AdamW, cosine to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice])", above=0)
-    prompt_lr: float = option(1e-3, "[choice D11] of the context vectors", above=0)
-    image_lr_factor: float = option(0.1, "[author D11] times --lr, for a tuned image tower", at_least=0)
-    ema: float = option(0.9997, "[author D11] largest decay of the weights' average, the model", at_least=0, below=1)
-    epochs: int = option(20, "[choice D12] passes over the training photos", at_least=1)
-    batch_size: int = option(64, "[choice D12] photos a step, over all processes", at_least=1)
+    regional_weight: float = option(1.0, "weight of the regional branch's loss [author D10]", at_least=0)
+    lr: float = option(None, "AdamW's, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice])", above=0)
+    prompt_lr: float = option(1e-3, "that of the learnable words [choice D11]", above=0)
+    image_lr_factor: float = option(0.1, "times --lr: that of a tuned image tower [author D11]", at_least=0)
+    ema: float = option(0.9997, "the model is a mean over steps; near 1: of more [author D11]", at_least=0, below=1)
+    epochs: int = option(20, "passes over the training photos [choice D12]", at_least=1)
+    batch_size: int = option(64, "photos a step, over all processes [choice D12]", at_least=1)
     ablate: tuple = option(None, "also run ablations, all or these", nargs="*", choices=ABLATIONS, metavar="NAME")
     explain: tuple = option((), "photos where --checkpoint shows its labels", "running", nargs="+", metavar="PATH")
 

@@ -4,11 +4,15 @@
     python experiments/benchmark.py cost --output D      3 minutes: the last table of rp, prompt tuning and the adapter
     python experiments/benchmark.py sspa --output D      under 10 minutes
     python experiments/benchmark.py towers --output D    2 minutes: CLIP's image towers in SSPA, frozen and tuned
+    python experiments/benchmark.py metrics --output D   1 minute: average precision beside scikit-learn's
+    python experiments/benchmark.py tag --output D       5 minutes: photos a second beside bare open_clip
+    python experiments/benchmark.py gpu --output D       the same, and training steps, on a GPU; refuses without one
 
 Prints a table a path and writes D/benchmark.json. A row: milliseconds (median over rounds), their ratio (above 1: the
-fused path is faster), peak extra memory (parameters and optimiser state not counted), multiplications counted from the
-shapes, and their rate as a share of what the machine's own matrix product reaches in the same process. CLIP's weights
-are random: times do not depend on them.
+fused path is faster), in some the best other way that one would pick and the ratio to the best of the two, peak extra
+memory (parameters and optimiser state not counted), multiplications counted from the shapes, and their rate as a share
+of what the machine's own matrix product reaches in the same process. CLIP's weights are random: times do not depend on
+them.
 """
 import argparse
 import functools
@@ -18,8 +22,11 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,17 +34,23 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler quiet; rea
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import average_precision_score
+from sklearn.neural_network import MLPClassifier
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
 import adapter_rp as rp
 import data
 import embed
+import metrics
 import run
+import scenes
 import sspa
 
 WIDTH, HIDDEN, BATCH, TEXTS = 512, 1024, 512, 4096  # ViT-B's joint space; RP's hidden width and batch; training texts
-TITLES = {"reference_ms": "A ms", "fused_ms": "B ms", "ratio": "A / B", "reference_mib": "A MiB", "fused_mib": "B MiB",
+TITLES = {"reference_ms": "A ms", "fused_ms": "B ms", "ratio": "A / B", "other_ms": "other ms",
+          "ratio_to_best": "best / B", "reference_mib": "A MiB", "fused_mib": "B MiB",
           "multiplications_reference": "A mult.", "multiplications_fused": "B mult.", "compiled_ms": "A compiled",
           "share_of_peak_reference": "A of peak", "share_of_peak_fused": "B of peak"}
 
@@ -112,13 +125,17 @@ class Bench:
         """All shapes; the first with --quick"""
         return shapes[:1] if self.quick else shapes
 
-    def compare(self, path, shape, reference, fused, multiplications=(0, 0)):
-        """Measures one row. reference, fused: () -> anything; multiplications: of both."""
-        seconds = interleave((reference, fused), self.quick)
+    def compare(self, path, shape, reference, fused, multiplications=(0, 0), other=None):
+        """Measures one row. reference, fused, other: () -> anything; multiplications: of the first two."""
+        seconds = interleave([reference, fused] + [other] * (other is not None), self.quick)
+        rest = {}
+        if other:
+            rest = {"other_ms": 1e3 * seconds[2], "ratio_to_best": min(seconds[0], seconds[2]) / seconds[1]}
         mib = [peak_extra_mib(function) for function in (reference, fused)]
-        shares = [count / needed / self.peak or None for count, needed in zip(multiplications, seconds, strict=True)]
+        pairs = zip(multiplications, seconds[:2], strict=True)
+        shares = [count / needed / self.peak or None for count, needed in pairs]
         self.add({"path": path, "shape": shape, "reference_ms": 1e3 * seconds[0], "fused_ms": 1e3 * seconds[1],
-                  "ratio": seconds[0] / seconds[1], "reference_mib": mib[0], "fused_mib": mib[1],
+                  "ratio": seconds[0] / seconds[1], **rest, "reference_mib": mib[0], "fused_mib": mib[1],
                   "multiplications_reference": multiplications[0], "multiplications_fused": multiplications[1],
                   "share_of_peak_reference": shares[0], "share_of_peak_fused": shares[1],
                   "compiled_ms": compiled_ms(reference) if self.compiled else None})
@@ -192,13 +209,39 @@ def adapter_step(bench):
         bench.compare("adapter step", f"C={classes}", plain_script(*given), fused_script(*given), (count, count))
 
 
+def others_loss(logits, targets, present, gamma_pos=0.0, gamma_neg=4.0):
+    """The asymmetric loss by the formula of its authors' optimized class, in place where autograd allows. present:
+    targets as floats, as that class takes them."""
+    absent, p = 1 - present, torch.sigmoid(logits)
+    q = 1 - p
+    loss = present * p.clamp(min=1e-8).log()
+    loss += absent * q.clamp(min=1e-8).log()
+    loss *= (1 - p * present - q * absent) ** (gamma_pos * present + gamma_neg * absent)
+    return -loss.sum() / len(logits)
+
+
 def asymmetric_loss(bench):
-    """Forward and gradient. Elementwise: no matrix product, 0 multiplications in one."""
-    functions = rp.asymmetric_loss_reference, rp.asymmetric_loss_fused
+    """Forward and gradient. Elementwise: no matrix product, 0 multiplications in one. Other: AsymmetricLossOptimized's
+    formula. With 20 labels a call of PyTorch costs more than what it does."""
+    def ours(function, logits, targets, _):
+        return function(logits, targets)
+    functions = [functools.partial(ours, function)
+                 for function in (rp.asymmetric_loss_reference, rp.asymmetric_loss_fused)]
     for classes in bench.some((20, 80, 1000, 10000)):
         logits, targets = features(BATCH, classes, scale=3.0), texts_and_labels(classes)[1][:BATCH]
-        steps = gradient_steps(functions, (logits, targets), torch.tensor(1.0))
-        bench.compare("asymmetric loss", f"B={BATCH} C={classes}", *steps)
+        *steps, other = gradient_steps([*functions, others_loss], (logits, targets, targets.float()), torch.tensor(1.0))
+        bench.compare("asymmetric loss", f"B={BATCH} C={classes}", *steps, other=other)
+
+
+def library_epochs(bench):
+    """Ten epochs of 4,096 texts. A: scikit-learn's MLPClassifier (same layers, batch and decay; Adam, binary
+    cross-entropy, no noise); B: ours, with noise and the asymmetric loss."""
+    for classes in bench.some((20, 80, 1000)):
+        texts, labels = texts_and_labels(classes)
+        library = MLPClassifier(HIDDEN, batch_size=BATCH, max_iter=10, tol=0, n_iter_no_change=11, random_state=0)
+        step = fused_script(texts, labels)
+        fit = functools.partial(library.fit, texts.numpy(), labels.numpy())
+        bench.compare("ten epochs", f"C={classes}", fit, lambda step=step: [step() for _ in range(10 * TEXTS // BATCH)])
 
 
 def seed_sweep(bench):
@@ -235,6 +278,19 @@ def prompt_step(model, context, tokens, texts, labels):
             rp.asymmetric_loss_fused(20 * texts @ prompts.T, targets).backward()
         optimiser.step()
     return step
+
+
+def average_precision(bench):
+    """Of every label, random scores, 3 % positives. A: scikit-learn's loop over labels; B: metrics.average_precision.
+    Both sort; A sorts indices, gathers and interpolates curves besides."""
+    draw = np.random.default_rng(0)
+    for count, classes in bench.some(((4952, 20), (40504, 80), (107859, 81))):
+        scores, labels = draw.random((count, classes), np.float32), draw.random((count, classes)) < 0.03
+        both = [functools.partial(function, *given) for function, given in (
+            (functools.partial(average_precision_score, average=None), (labels, scores)),
+            (metrics.average_precision, (scores, labels)))]
+        assert np.allclose(both[0](), both[1]())
+        bench.compare("average precision", f"{count} x {classes}", *both)
 
 
 # --- SSPA -------------------------------------------------------------------------------------------------------------
@@ -326,11 +382,18 @@ def gated_alignment(bench):
         bench.compare("gated alignment", f"B={B} C={C} M={M} d={WIDTH}", *steps, alignment_multiplications(B, C, M))
 
 
+def others_aggregator(labels, regions, temperature, scale):
+    """The soft aggregator as TaI-DPT computes it for labels [C, d] that all images share: regions times labels"""
+    S = F.normalize(regions, dim=-1) @ F.normalize(labels, dim=-1).T             # [B, M, C]
+    return scale * (torch.softmax(S / temperature, 1) * S).sum(1)
+
+
 def soft_aggregator(bench):
-    """Logits as in prediction; with all gradients; and in training: with the loss, loss and gradients in one pass."""
+    """Logits as in prediction; with all gradients; and in training: with the loss, loss and gradients in one pass.
+    Shared: labels that do not vary with the image, which nothing here trains with; other: TaI-DPT's form."""
     plain, fused = sspa.soft_aggregate_reference, sspa.soft_aggregate_fused
     plain_loss, fused_loss = sspa.soft_aggregate_loss_reference, sspa.soft_aggregate_loss_fused
-    for B, C, M in bench.some(((32, 80, 196), (8, 80, 784), (32, 1000, 196), (8, 10000, 196))):
+    for B, C, M in bench.some(((32, 80, 196), (8, 80, 784), (8, 1000, 196), (32, 1000, 196), (8, 10000, 196))):
         shape, product = f"B={B} C={C} M={M} d={WIDTH}", B * C * M * WIDTH
         inputs = features(B, C, WIDTH), features(B, M, WIDTH), 0.07, torch.tensor(20.0, requires_grad=True)
         targets = (torch.rand(B, C, generator=torch.Generator().manual_seed(0)) < 0.03).to(torch.int8)
@@ -338,6 +401,9 @@ def soft_aggregator(bench):
         bench.compare("soft aggregator, logits", shape, *steps, (product, product))
         steps = gradient_steps((plain, fused), inputs, torch.randn(B, C))
         bench.compare("soft aggregator", shape, *steps, (3 * product, 3 * product))
+        shared = features(C, WIDTH), *inputs[1:]
+        steps = gradient_steps((plain, fused, others_aggregator), shared, torch.randn(B, C))
+        bench.compare("soft aggregator, shared", shape, *steps[:2], (3 * product, 3 * product), other=steps[2])
         inputs += torch.tensor(-3.0, requires_grad=True), targets
         steps = gradient_steps((plain_loss, fused_loss), inputs, torch.tensor(1.0))
         bench.compare("soft aggregator + loss", shape, *steps, (3 * product, 3 * product))
@@ -391,8 +457,85 @@ def towers(bench):
                    "step_s": tuning, "step_mib": (peak_extra_mib(two) - peak_extra_mib(one)) / batch})
 
 
-TABLES = {"rp": (adapter_step, asymmetric_loss, seed_sweep, prompt_tuning), "cost": (prompt_tuning,),
-          "sspa": (prompt_encoding, quaternion_layer, gated_alignment, soft_aggregator, head), "towers": (towers,)}
+# --- tagging, and a GPU -----------------------------------------------------------------------------------------------
+BARE = """
+import sys, torch, embed
+from PIL import Image
+torch.set_num_threads(int(sys.argv[1]))
+model, _, preprocess = embed.import_open_clip().create_model_and_transforms("ViT-B-32", pretrained=None)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+class Photos(torch.utils.data.Dataset):
+    def __init__(self, paths): self.paths = paths
+    def __len__(self): return len(self.paths)
+    def __getitem__(self, row): return preprocess(Image.open(self.paths[row]).convert("RGB"))
+loader = torch.utils.data.DataLoader(Photos(sys.argv[3:]), 64, num_workers=int(sys.argv[2]))
+model.eval().to(device)
+with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    for images in loader:
+        model.encode_image(images.to(device)).cpu()
+"""
+
+
+def tagging(bench):
+    """Whole commands on JPEGs of 500 x 375 pixels, ViT-B-32, random weights, batches of 64, as many threads and workers
+    on both sides. A second of start-up is not a matter of photos: the rate is that of the photos beyond the first part,
+    the rest is start-up. Bare: open_clip's model and transform in a DataLoader, nothing kept or written."""
+    few, many, threads = (2, 4, 1) if bench.quick else (128, 512, torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        photos = [Path(folder) / f"{number}.jpg" for number in range(many)]
+        for number, photo in enumerate(photos):
+            scenes.picture("test", number)[0].resize((500, 375)).save(photo, quality=90)
+        (Path(folder) / "words.txt").write_text("sun\nmoon\nboat\ncar\ncup")
+        of_clip = ["--backbone", "ViT-B-32", "--pretrained", "none", "--quiet"]
+        device = ["--precision", "bf16"] if torch.cuda.is_available() else ["--cpu"]
+        command = [sys.executable, REPOSITORY / "adapter_rp.py", "--output", folder, *device]
+        words = ["--labels", Path(folder) / "words.txt", "--text-count", "50", "--epochs", "1", "--cache="]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(REPOSITORY)}
+        call = functools.partial(subprocess.run, env=environment, check=True, capture_output=True)
+        call([*command, *of_clip, *words])
+        command += ["--checkpoint", Path(folder) / "checkpoint.safetensors", "--cache=", "--quiet", "--predict"]
+        workers = min(16, os.cpu_count())
+        bare = [sys.executable, "-c", BARE, str(threads), str(workers)]
+        starts = [[*start, *photos[:count]] for start in (bare, command) for count in (few, many)]
+        rounds = [[timed(functools.partial(call, one)) for one in starts] for _ in range(1 if bench.quick else 3)]
+    few_bare, many_bare, few_ours, many_ours = (statistics.median(seconds) for seconds in zip(*rounds, strict=True))
+    rates = [(many - few) / (of_many - of_few) for of_few, of_many in ((few_bare, many_bare), (few_ours, many_ours))]
+    bench.add({"path": "tagging", "shape": f"{threads} threads, {workers} workers", "bare_photos_s": rates[0],
+               "photos_s": rates[1], "ratio": rates[1] / rates[0], "bare_start_s": few_bare - few / rates[0],
+               "start_s": few_ours - few / rates[1]})
+
+
+def gpu(bench, device="cuda"):
+    """Steps of SSPA in bf16, 80 labels, forward and gradients no optimiser, and its prompts; A and B as above"""
+    backbone, batch = ("ViT-B-32", 2) if bench.quick else ("ViT-B-16", 64)
+    clip, names = embed.load_clip(backbone, "none", device, "bf16"), data.label_names("coco2014")
+    images, targets = torch.randn(batch, 3, 224, 224, device=device), torch.rand(batch, 80, device=device) < 0.04
+
+    def step(model, encoded=None):
+        model.zero_grad()
+        with embed.autocast(device, "bf16"):
+            loss = model(*(encoded or sspa.image_features(clip.model.visual, images)), targets)
+        loss.backward()
+        return loss.item()  # waits for the GPU
+    for tune in ("none", "full"):
+        labels = sspa.labels_of(sspa.Config(cache=None), clip, names, dict(zip(names, names, strict=True)))
+        with torch.no_grad(), embed.autocast(device, "bf16"):
+            encoded = sspa.image_features(clip.model.visual, images) if tune == "none" else None
+        models = [sspa.SSPA(sspa.Config(tune_image=tune, impl=impl), clip.model, labels, 0).to(device)
+                  for impl in ("reference", "fused")]
+        steps = [functools.partial(step, model, encoded) for model in models]
+        bench.compare("step", f"{backbone}, tower {'frozen' if encoded else 'tuned'}, batch {batch}", *steps)
+
+    def prompts(model):
+        with embed.autocast(device, "bf16"):
+            total = model.prompts()[0].sum()
+        return torch.autograd.grad(total, model.contexts)[0].sum().item()
+    bench.compare("prompt encoding", f"{backbone}, C=80", *(functools.partial(prompts, model) for model in models))
+
+
+TABLES = {"rp": (adapter_step, asymmetric_loss, library_epochs, seed_sweep, prompt_tuning), "cost": (prompt_tuning,),
+          "sspa": (prompt_encoding, quaternion_layer, gated_alignment, soft_aggregator, head), "towers": (towers,),
+          "metrics": (average_precision,), "tag": (tagging,), "gpu": (tagging, gpu)}
 
 
 def main():
@@ -401,6 +544,9 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="a small shape of each, once: shows that it runs, no more")
     args = parser.parse_args()
+    if args.method == "gpu" and not torch.cuda.is_available():
+        parser.exit(2, "benchmark.py: PyTorch finds no GPU on this machine\n")
+    warnings.filterwarnings("ignore", "Stochastic Optimizer")  # scikit-learn's, of ten epochs
     torch.set_flush_denormal(True)  # as the methods do; without it steps at C >= 1,000 take ten times as long, A and B
     args.output.mkdir(parents=True, exist_ok=True)
     began, bench = time.time(), Bench(args.quick, compiled=args.method == "sspa")

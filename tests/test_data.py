@@ -164,12 +164,22 @@ def test_descriptions(tmp_path, capsys):
     assert data.descriptions_of("x", ["dog"], write(path, '{"dog": "It barks."}')) == {"dog": "It barks."}
 
 
-def test_photos(tmp_path, capsys):
-    photos(tmp_path, "b.PNG", "deep/c.jpeg", ".hidden.png", ".hidden/d.png")
+def test_photos(tmp_path, capsys, monkeypatch):
+    photos(tmp_path, "b.PNG", "deep/c.jpeg", ".hidden.png", ".hidden/d.png", "locked/e.png")
     (tmp_path / "phone.HEIC").touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    opened = os.scandir
+
+    def scandir(folder):  # root may look into every folder
+        if Path(folder).name == "locked":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return opened(folder)
+    monkeypatch.setattr(os, "scandir", scandir)
     notes = write(tmp_path / "notes/notes.txt", "no photo")
     assert data.list_photos(tmp_path) == [tmp_path / "b.PNG", tmp_path / "deep/c.jpeg"]
-    assert "1 .heic photos are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 .heic photos, which Pillow cannot read, are left out" in said and said.count("\n") == 2
+    assert f"2 folders, linked or locked, are left out (first: {tmp_path / 'locked'})" in said
     assert data.list_photos(notes) == [notes]  # asked for by name
     for path in (tmp_path / "nowhere", notes.parent):
         with pytest.raises(UsageError, match=f"^photos {path}: no "):

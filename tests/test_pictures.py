@@ -63,6 +63,17 @@ def test_contact_sheet_draws_scores_as_bars_and_tags_bright(tmp_path):
     assert green([0.9, 0.3], [0]) == pytest.approx(3 * green([0.9, 0.3], [1]), abs=12)  # letters on the bar are white
 
 
+def test_labels_of_any_script(tmp_path, monkeypatch):
+    """Letters that a font has, codes for others: no two labels look alike, as boxes for unknown letters would."""
+    for spec in (pictures.find_spec("matplotlib"), None):
+        monkeypatch.setattr(pictures, "find_spec", lambda name, spec=spec: spec)
+        sheets = set()
+        for name in ("猫", "狗", "Жук", "Лук", "café \udcff"):
+            path = pictures.contact_sheet([("test", 0)], [name], np.ones((1, 1)), [[]], tmp_path / "sheet.png")
+            sheets.add(path.read_bytes())
+        assert len(sheets) == 5
+
+
 def test_boxes_are_outlined_on_the_photo_and_on_their_labels_maps(tmp_path):
     """A box of the label in the second row, x 1/4 to 3/4, y 1/2 to 1: what changes is its outline on three tiles."""
     maps = [(title, np.stack([map_of("top left")] * 3)) for title in ("first", "second")]

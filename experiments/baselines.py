@@ -1,0 +1,77 @@
+"""What one would try first on ready-made embeddings: libraries' classifiers that learn from the texts and label photos.
+
+    python experiments/baselines.py --features FILE.npz --output D        a few minutes on two cores
+
+Same texts and photos as `python adapter_rp.py --features FILE.npz`. A noisy copy of the texts has Gaussian noise of
+--noise-std times the mean text norm, as RP's, but drawn once; RP draws anew in every step. Writes D/baselines.json.
+"""
+import argparse
+import platform
+import shlex
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.neural_network import MLPClassifier
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import adapter_rp as rp
+import data
+import metrics
+import run
+
+
+def with_copies(texts, labels, count, noise_std, seed):
+    """Texts [N, D] and behind them noisy copies -> ([N (1 + count), D], their labels)"""
+    generator, norm = torch.Generator().manual_seed(seed), texts.norm(dim=-1).mean().item()
+    copies = [rp.perturb_fused(texts, noise_std, "gaussian", norm, generator) for _ in range(count)]
+    return torch.cat([texts, *copies]), labels.repeat(1 + count, 1)
+
+
+def logistic_regression(texts, labels, images, seed, strength):
+    """A classifier a label on unit embeddings, equal to scikit-learn's LogisticRegression(C=strength) -> [M, C]"""
+    return run.linear_probe(texts, labels, images, strength).numpy()
+
+
+def network(texts, labels, images, seed, epochs):
+    """scikit-learn's MLPClassifier as wide as RP's adapter, all else its defaults -> scores [M, C]"""
+    library = MLPClassifier(2 * texts.shape[1], max_iter=epochs, random_state=seed)
+    return library.fit(texts.numpy(), labels.numpy()).predict_proba(images.numpy())
+
+
+BASELINES = [(f"logistic regression, C={strength:g}, {count} noisy copies", logistic_regression, count, strength)
+             for strength in (1, 100) for count in (0, 1, 4)]
+BASELINES += [(f"MLPClassifier, {epochs} epochs, {count} noisy copies", network, count, epochs)
+              for epochs in (10, 30) for count in (0, 1, 4)]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--features", required=True, metavar="FILE")
+    parser.add_argument("--noise-std", type=float, default=0.15)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/baselines"), metavar="DIR")
+    options, began, runs = parser.parse_args(), time.time(), []
+    warnings.filterwarnings("ignore", "Stochastic Optimizer")  # that it could go on learning
+    arrays = data.load_features(options.features)
+    rows = (arrays["text_labels"] == 1).any(1)
+    texts, labels, images = map(torch.from_numpy, (
+        arrays["text_embeddings"][rows], arrays["text_labels"][rows].clip(0), arrays["image_embeddings"]))
+    for name, fit, count, setting in BASELINES:
+        for seed in options.seed if count or fit is network else options.seed[:1]:  # else seeds change nothing
+            given = with_copies(texts, labels, count, options.noise_std, seed)
+            scores = fit(*given, images, seed, setting)
+            runs.append({"name": name, "seed": seed,
+                         "mAP": metrics.mean_average_precision(scores, arrays["image_labels"])})
+        print(f"{name:<50}{np.mean([one['mAP'] for one in runs if one['name'] == name]):8.2f}", flush=True)
+    data.write_json(options.output / "baselines.json", {
+        "command": shlex.join(["python", *sys.argv]), "commit": run.commit(), "seconds": time.time() - began,
+        "device": platform.processor() or platform.machine(), "texts": len(texts), "photos": len(images), "runs": runs})
+
+
+if __name__ == "__main__":
+    with run.exit_codes("baselines.py"):
+        main()
