@@ -76,9 +76,9 @@ class Config(run.Options):
                            "data", metavar="FILE")
     texts: str = option(None, 'training texts: .jsonl of {"text": ..., "labels": [...]}, COCO\'s captions .json, or a '
                         "caption a line; labels of captions by noun matching", "data", metavar="FILE")
-    text_count: int = option(None, "so many training texts: made here (default: 8000), or drawn from a file by a fixed "
-                             "seed, fewer among more (default: all)", "data", at_least=1, metavar="N")
-    precision: str = option("fp32", "of the CLIP towers", "CLIP", choices=("fp32", "bf16"))
+    text_count: int = option(None, "so many training texts: made here (default: 8000, or as many as labels), or drawn "
+                             "from a file (default: all)", "data", at_least=1, metavar="N")
+    precision: str = option("fp32", "CLIP's numbers", "CLIP", choices=("fp32", "bf16"))
     noise_law: str = option("gaussian", "what the noise on text embeddings is drawn from [choice D1]",
                             choices=("gaussian", "uniform", "sphere", "none"))
     noise_std: tuple = option((0.15,), "its strength, times the mean text norm [choice D2]; of several the first is "
@@ -425,7 +425,8 @@ def load_inputs(config, clip, names, with_texts=True):
         texts, text_labels = data.read_texts(config.texts, names, data.synonyms_of(names, config.dataset))
         texts_from = Path(config.texts).name
     elif with_texts:
-        texts, text_labels, texts_from = data.default_texts(config.dataset, names, config.text_count or 8000)
+        count = config.text_count or max(8000, len(names))  # each label is the first of one at least
+        texts, text_labels, texts_from = data.default_texts(config.dataset, names, count)
     rows = chosen_rows(config, len(texts))
     texts, text_labels = [texts[row] for row in rows], text_labels[rows]
     if with_texts and (never := [name for name, named in zip(names, text_labels.any(0), strict=True) if not named]):
@@ -625,7 +626,7 @@ def use_checkpoint(config, argv, device):
 
 def main(argv):
     config = run.parse(Config, argv, "RP: train an adapter on texts, label images with it (arXiv 2312.04160).",
-                       "Tags: [author] other public code of the paper's author; [field] the closest public peers; "
+                       "Marks: [author] other public code of the paper's author; [field] the closest public peers; "
                        "[choice] ours, by the numbers of the docstring, which maps the paper to the code.")
     if config.features and (config.predict or config.texts):
         raise UsageError("--features brings its own texts, and no encoder for photos: leave --texts and --predict out")

@@ -424,7 +424,7 @@ def parse(argv=None):
     either("--dataset", choices=[name for name in data.DATASETS if name != "folder"], help="its labels and synonyms")
     option("--synonyms", metavar="FILE", help='{"sofa": ["couch"], "": ["hot dog"]}; "": phrases that are no label')
     option("--out", metavar="FILE", type=Path, help="default: texts.jsonl, descriptions.json")
-    option("--count", type=between(0), default=8000, help="sentences wanted (8000); 0: none, only the report")
+    option("--count", type=between(0), help="sentences wanted (8000, or as many as labels); 0: none, only the report")
     option("--seed", type=between(0), default=0, help="of label sets, grammar and requests (0)")
     option("--report", action="store_true", help="afterwards print what a person needs to judge the sentences")
     option("--overwrite", action="store_true", help="begin anew")
@@ -447,7 +447,7 @@ def parse(argv=None):
     options = parser.parse_args(argv)
     if options.words[0] > options.words[1]:
         parser.error(f"--words {options.words[0]} {options.words[1]}: the first must not be above the second")
-    stem, _, suffix = options.out.name.removesuffix("" if options.count else ".gz").rpartition(".")
+    stem, _, suffix = options.out.name.removesuffix(".gz" if options.count == 0 else "").rpartition(".")
     if suffix != (wanted := "jsonl" if options.job == "sentences" else "json"):
         parser.error(f"--out {options.out}: must end in .{wanted}")
     if not re.match("(template|openai)$|https?://.", options.llm):
@@ -463,6 +463,7 @@ def main(argv=None):
     options = parse(argv)
     try:
         names = data.read_labels(options.labels) if options.labels else data.label_names(options.dataset)
+        options.count = max(8000, len(names)) if options.count is None else options.count
         synonyms = data.synonyms_of(names, options.dataset)
         given = data.read_json(options.synonyms, "synonyms") if options.synonyms else {}
         for name, words in given.items() if isinstance(given, dict) else [(given, None)]:

@@ -83,7 +83,7 @@ class Options:
     lr: float = option(None, "learning rate", above=0)
     epochs: int = option(None, "passes over the training data", at_least=1)
     batch_size: int = option(None, "rows an optimiser step", at_least=1)
-    seed: tuple = option((0,), "of all that is drawn; one or more", nargs="+", type=int, at_least=0, below=2 ** 40)
+    seed: tuple = option((0,), "starts all random draws; one or more", nargs="+", type=int, at_least=0, below=2 ** 40)
     impl: str = option("fused", "fast paths, or the plain formulas", choices=("fused", "reference"))
     gpu: int = option(None, "GPU number (default: 0 if there is one)", "running", at_least=0, metavar="N")
     cpu: bool = option(False, "run on the CPU", "running")

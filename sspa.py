@@ -984,7 +984,7 @@ def use_checkpoint(config, argv, device):
 
 def main(argv):
     config = run.parse(Config, argv, "SSPA: split-and-synthesize prompting with gated alignments (arXiv 2407.20920).",
-                       "Tags: [paper] abstract; [figure] its figure; [author] its author's other code; [field] peers; "
+                       "Marks: [paper] abstract; [figure] its figure; [author] its author's other code; [field] peers; "
                        f"[choice] ours, numbered in the docstring. Ablations: {', '.join(ABLATIONS)}.")
     if config.checkpoint and config.ablate is not None or config.explain and not config.checkpoint:
         raise UsageError("--explain looks into a trained model (--checkpoint FILE), and --ablate trains new ones")

@@ -232,6 +232,19 @@ def test_impl_switches_everything_and_learns_the_same(monkeypatch, tmp_path, wor
     torch.testing.assert_close(*learned, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+def test_no_noise_draws_nothing(monkeypatch, tmp_path, impl):
+    """--noise-std 0 learns what --noise-law none does, without a random number for the noise."""
+    drawn, perturb = [], getattr(rp, f"perturb_{impl}")
+
+    def counted(embeddings, noise_std, law, *more):
+        drawn.append(law)
+        return perturb(embeddings, noise_std, law, *more)
+    monkeypatch.setattr(rp, f"perturb_{impl}", counted)
+    silent, none = (trained(tmp_path, f"--impl {impl} {words}") for words in ("--noise-std 0", "--noise-law none"))
+    assert set(drawn) == {"none"} and all(map(torch.equal, silent.parameters(), none.parameters()))
+
+
 def test_a_run_learns_the_same_alone_or_beside_others(tmp_path):
     together = trained(tmp_path, "--seed 0 3 --noise-std 0.2 0 0.1")
     for number, (seed, std) in enumerate([(seed, std) for seed in (0, 3) for std in (0.2, 0, 0.1)]):

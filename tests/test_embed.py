@@ -4,6 +4,7 @@ import json
 import os
 import re
 import urllib.request
+import weakref
 from unittest.mock import Mock
 
 import numpy as np
@@ -124,6 +125,16 @@ def test_texts_are_encoded_as_open_clip_does(towers, clip, name):
     for some in (texts, texts[1:]):
         expected = model.model.encode_text(model.tokenizer(some))
         torch.testing.assert_close(embed.embed_texts(model, some), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_streaming_holds_one_block_at_a_time(clip, tmp_path, monkeypatch):
+    """Memory does not grow with the photos: what was given out before is gone when the next block but one comes."""
+    monkeypatch.setattr(embed, "PHOTOS", 2)
+    blocks = []
+    for _, tensors in embed.stream_photos(clip, PHOTOS, cache=tmp_path):
+        assert not any(block() is not None for block in blocks[:-1])
+        blocks.append(weakref.ref(tensors["embeddings"]))
+    assert len(blocks) == 3
 
 
 def test_texts_too_long_and_unknown_words_are_said(clip, capsys):

@@ -90,7 +90,7 @@ def test_boxes_of_real_photos(shared):
         widths = (boxes[:, 3:5] - boxes[:, 1:3]).round(3).tolist()
         assert widths == [[round(length, 3) for length in one["bbox"][2:]] for one in own]
         count += len(boxes)
-    assert count > 500 and data.boxes_of(REPOSITORY / "assets/demo.png", names) is None
+    assert count > 500 and data.boxes_of(REPOSITORY / "assets/sspa_miss.png", names) is None
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
