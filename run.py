@@ -102,7 +102,7 @@ class Options:
                        metavar="FILE")
     score_floor: float = option(0.0, "scores below it are left out of the lines", "running", at_least=0, at_most=1)
     threshold: float = option(0.5, "a label becomes a tag above this score", "running", at_least=0, at_most=1)
-    top_k: int = option(None, "the K strongest labels become tags, instead", "running", at_least=1, metavar="K")
+    top_k: int = option(None, "the K strongest labels alone become tags", "running", at_least=1, metavar="K")
     quiet: bool = option(False, "no progress bar", "running")
     given: tuple = ()  # names of the options that stood on the command line
 
@@ -530,7 +530,7 @@ def tag(config, photos, names, scored, folder):
                 + (f" (the first 48 of {len(photos)} photos)" if len(photos) > 48 else ""))
         for row, photo, of_photo, order, chosen in zip(rows, found, scores, orders, tags, strict=True):
             line = {"photo": str(photo), "labels": [names[label] for label in chosen],
-                    "scores": {names[label]: round(float(of_photo[label]), 4) for label in order
+                    "scores": {names[label]: round(float(of_photo[label]), 4) for label in order[:config.top_k]
                                if of_photo[label] >= config.score_floor}}
             line = json.dumps(line | stamp_of(photo), ensure_ascii=False) + "\n"
             own.write(f"{mine[row]} " * (WORLD > 1) + line)
