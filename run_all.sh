@@ -38,6 +38,7 @@ experiments() {
         rp features-unseen-$third --head label-embedding --unseen ${seen[third]}
         sspa scenes-unseen-$third --tune-image none --limit 4000 --epochs 8 --unseen ${drawn[third]}
     done
+    [ -f "$RUNS/baselines/baselines.json" ] || run baselines experiments/baselines.py --features "$FEATURES"
     [ -f "$RUNS/rp-cost/benchmark.json" ] || run rp-cost experiments/benchmark.py cost
     sspa scenes --tune-image none --save-all
     for count in 50 100 250 500 1000 4000; do  # 1,240 batches of up to 64 for each; the whole, above, has 6,240

@@ -110,9 +110,20 @@ def read_maps(path):
     return {**facts, "tested on": "{asked:,} things in {photos:,} photos".format(**models[0]), "numbers": numbers}
 
 
+def read_baselines(path):
+    """baselines.json -> likewise; a setting is the name of a baseline"""
+    result, numbers = json.loads(path.read_text("utf-8")), {}
+    for name in dict.fromkeys(one["name"] for one in result["runs"]):
+        values = [one["mAP"] for one in result["runs"] if one["name"] == name]
+        numbers[name] = {"mAP": [mean(values), stdev(values) if values[1:] else None]}
+    facts = {name: result[name] for name in ("command", "commit", "device", "seconds")}
+    return {**facts, "tested on": "{texts:,} texts, {photos:,} photos".format(**result), "numbers": numbers}
+
+
 def look(folder):
     """All that a folder of runs holds -> {run: what a reader gives, or {"reason": one line}}"""
-    runs, readers = {}, {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize.json": read_maps}
+    runs, readers = {}, {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize.json": read_maps,
+                         "baselines.json": read_baselines}
     for path in (path for name in readers for path in folder.glob(f"*/{name}")):
         try:
             read = readers[path.name]
@@ -227,6 +238,9 @@ def tables_of(runs, papers):
         number(runs, f"{key}-{dataset}-unseen-{third}", setting, metric) for metric in apart])
         for method, key, dataset, setting in (("RP", "rp", "scenes", "0.15"), ("RP", "rp", "features", "0.15"),
                                               ("SSPA", "sspa", "scenes", "none")) for third in range(3)]
+    first = [(name, [number(runs, "baselines", name)]) for name in runs.get("baselines", {}).get("numbers", ())]
+    first += [(f"RP, {words}", [number(runs, "rp-features", strength)])
+              for words, strength in (("no noise", "0"), ("noise 0.15, drawn anew in every step", "0.15"))]
     labels = list(runs.get("rp-cost", {}).get("numbers", ["80"]))
     costs = [(title, [number(runs, "rp-cost", count, title) for count in labels]) for title in COSTS]
     behind = [(name, [f"`{run['command']}`", run.get("tested on", ""), run["commit"], run["device"],
@@ -236,6 +250,8 @@ def tables_of(runs, papers):
         "rp-main": Table("RP: an adapter that learnt from texts alone, mAP on photos",
                          *grid(runs, "rp", [("", ""), (", sentences of a language model", "-llm")], main),
                          'Zero-shot: the cosine with "a photo of a {name}.".'),
+        "rp-baselines": Table("What one would try first, on the same texts and photos (features), mAP", ["mAP"],
+                              first if len(first) > 2 else []),
         "rp-noise": Table("RP: strength of the noise, times the mean text norm, mAP", *grid(
             runs, "rp", [(", raw", ""), (", unit length", "-unit")],
             [(f"{strength:g}", "", f"{strength:g}", "mAP") for strength in STRENGTHS]), x=STRENGTHS),
