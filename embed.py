@@ -263,7 +263,7 @@ def _encode_text(model, tokens):
     longest = int(ends.max()) + 1
     x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
-    return x[torch.arange(len(tokens)), ends] @ model.text_projection
+    return x[torch.arange(len(tokens), device=x.device), ends] @ model.text_projection
 
 
 @torch.no_grad()
