@@ -447,14 +447,12 @@ def _norms(features):
 
 def soft_aggregate_fused(label_features, region_features, temperature, scale):
     """Same as soft_aggregate_reference, without normalised copies of the features, in blocks of samples."""
-    step = max(1, AGGREGATOR_BLOCK // (label_features.shape[-2] * region_features.shape[1]))
-    if label_features.ndim == 2:
-        t = F.normalize(label_features, dim=-1)
-        cosines = (t @ F.normalize(x, dim=-1).mT for x in region_features.split(step))      # [b, C, M]
-    else:
-        pairs = zip(label_features.split(step), region_features.split(step), strict=True)
-        cosines = (t @ x.mT / _norms(t) / _norms(x).mT for t, x in pairs)
-    gathered = [torch.linalg.vecdot(torch.softmax(cosine / temperature, -1), cosine) for cosine in cosines]
+    if label_features.ndim == 2:  # no [B, C, d] is there to be spared
+        return soft_aggregate_reference(label_features, region_features, temperature, scale)
+    step, gathered = max(1, AGGREGATOR_BLOCK // (label_features.shape[1] * region_features.shape[1])), []
+    for t, x in zip(label_features.split(step), region_features.split(step), strict=True):
+        cosine = t @ x.mT / _norms(t) / _norms(x).mT                             # [b, C, M]
+        gathered.append(torch.linalg.vecdot(torch.softmax(cosine / temperature, -1), cosine))
     return scale * torch.cat(gathered)
 
 

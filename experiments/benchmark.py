@@ -390,7 +390,7 @@ def others_aggregator(labels, regions, temperature, scale):
 
 def soft_aggregator(bench):
     """Logits as in prediction; with all gradients; and in training: with the loss, loss and gradients in one pass.
-    Shared: labels that do not vary with the image, which nothing here trains with; other: TaI-DPT's form."""
+    Shared: labels that do not vary with the image, where A and B are one and nothing here trains; other: TaI-DPT's."""
     plain, fused = sspa.soft_aggregate_reference, sspa.soft_aggregate_fused
     plain_loss, fused_loss = sspa.soft_aggregate_loss_reference, sspa.soft_aggregate_loss_fused
     for B, C, M in bench.some(((32, 80, 196), (8, 80, 784), (8, 1000, 196), (32, 1000, 196), (8, 10000, 196))):

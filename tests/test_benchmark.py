@@ -28,7 +28,7 @@ def test_rows_that_others_read(command, tmp_path, monkeypatch, method):
     assert {row["path"] for row in result["rows"]} >= PATHS[method]
     for row in result["rows"]:
         assert row["shape"] and row["ratio"] == pytest.approx(row["reference_ms"] / row["fused_ms"]), row
-        aside = row["path"] in ("seed sweep", "ten epochs", "soft aggregator, shared")  # numpy's memory, others' form
+        aside = row["path"] in ("seed sweep", "ten epochs", "soft aggregator, shared")  # numpy's memory; one form
         assert 0 < row["fused_mib"] < row["reference_mib"] or aside, row
         best = min(row["reference_ms"], row.get("other_ms", 1e9))
         assert row.get("ratio_to_best", row["ratio"]) == pytest.approx(best / row["fused_ms"]), row
