@@ -444,6 +444,9 @@ def test_changed_file_is_another_setting(command, tmp_path, script, option, old,
 def test_divergence(command, tmp_path, script):
     _, stderr = command(script, TINY[script], "--lr 1e30 --output", tmp_path, expect=3)
     assert "training diverged in epoch" in stderr and "lower --lr" in stderr and not result_of(tmp_path)["finished"]
+    if script == RP:
+        words = (RP, TINY[RP], "--overwrite --noise-std 1e38 --output", tmp_path)
+        assert "loss nan); lower --lr (now 0.001) or --noise-std (now 1e+38)" in command(*words, expect=3)[1]
 
 
 @BOTH
@@ -538,6 +541,13 @@ def test_labels_never_trained_on(command, place, tmp_path, script):
     assert all(set(json.loads(line)["scores"]) == {"cup", "mug"} for line in stdout.splitlines())
     assert ("never trained on cup, mug" in stderr) == (script == SSPA)
     assert "--unseen dragon: must" in command(*words, "--unseen dragon", expect=2)[1]
+
+
+def test_words_alone_are_not_scored(command, place, tmp_path):
+    """A list of one's own words is not scored on drawn pictures unasked, though scenes knows them all."""
+    stdout, _ = command(RP, "--text-count 60 --epochs 1 --labels", place / "few.txt", "--output", tmp_path)
+    assert stdout.startswith("2 labels; scenes;") and "nothing to score" in stdout
+    assert result_of(tmp_path)["photo_count"] == 0 and result_of(tmp_path)["mAP"] is None
 
 
 def page_of(path):
