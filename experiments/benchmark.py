@@ -5,7 +5,7 @@
     python experiments/benchmark.py sspa --output D      under 10 minutes
     python experiments/benchmark.py towers --output D    2 minutes: CLIP's image towers in SSPA, frozen and tuned
     python experiments/benchmark.py metrics --output D   1 minute: average precision beside scikit-learn's
-    python experiments/benchmark.py tag --output D       5 minutes: photos a second beside bare open_clip
+    python experiments/benchmark.py tag --output D       6 minutes: photos a second beside bare open_clip
     python experiments/benchmark.py gpu --output D       the same, and training steps, on a GPU; refuses without one
 
 Prints a table a path and writes D/benchmark.json. A row: milliseconds (median over rounds), their ratio (above 1: the
@@ -480,7 +480,7 @@ def tagging(bench):
     """Whole commands on JPEGs of 500 x 375 pixels, ViT-B-32, random weights, batches of 64, as many threads and workers
     on both sides. A second of start-up is not a matter of photos: the rate is that of the photos beyond the first part,
     the rest is start-up. Bare: open_clip's model and transform in a DataLoader, nothing kept or written."""
-    few, many, threads = (2, 4, 1) if bench.quick else (128, 512, torch.get_num_threads())
+    few, many, threads = (2, 4, 1) if bench.quick else (64, 256, torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         photos = [Path(folder) / f"{number}.jpg" for number in range(many)]
         for number, photo in enumerate(photos):
