@@ -527,8 +527,7 @@ def test_labels_never_trained_on(command, place, tmp_path, script):
     stdout, _ = command(*words, "--unseen boat cup --save-all --output", tmp_path / "run")
     checkpoint, result = tmp_path / "run/checkpoint.safetensors", result_of(tmp_path / "run")
     learnt = [load_file(tmp_path / name / "checkpoint.safetensors") for name in ("seen", "run")]
-    assert {name: tensor.tolist() for name, tensor in learnt[0].items()} == {
-        name: tensor.tolist() for name, tensor in learnt[1].items()}
+    torch.testing.assert_close(*learnt, atol=1e-5, rtol=1e-4)  # texts of other lengths beside them: other rounding
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == len(result["runs"]) > 1
     new = [label for label in result["per_class"] if not label["trained"]]
     assert [label["name"] for label in new] == ["boat", "cup"] and len(result["per_class"]) == 18

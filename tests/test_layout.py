@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 
 BUDGETS = {
     "adapter_rp.py": 645, "sspa.py": 1001, "llm_text.py": 501, "data.py": 783, "embed.py": 390, "metrics.py": 160,
-    "run.py": 617, "pictures.py": 170, "scenes.py": 285, "run_all.sh": 142, "README.md": 160, "pyproject.toml": 25,
+    "run.py": 618, "pictures.py": 170, "scenes.py": 285, "run_all.sh": 142, "README.md": 160, "pyproject.toml": 25,
     "experiments/tables.py": 373, "experiments/benchmark.py": 568, "experiments/baselines.py": 80,
     "experiments/text_quality.py": 160, "experiments/train_scenes_clip.py": 120, "experiments/localize.py": 260,
 }
