@@ -94,6 +94,7 @@ def choose(number, seed, need, max_labels):
     return chosen
 
 
+SENTENCES = 8000  # unless --count is given, or there are more labels
 ADJECTIVES = ("small", "large", "old", "new", "red", "white", "black", "brown", "blue", "bright")
 PLACES = ("in the sun", "on a rainy day", "in the evening", "in front of a wall", "near the water", "on the grass",
           "in a quiet street", "at home", "in the distance", "in the foreground", "by the window", "in the snow")
@@ -463,7 +464,9 @@ def main(argv=None):
     options = parse(argv)
     try:
         names = data.read_labels(options.labels) if options.labels else data.label_names(options.dataset)
-        options.count = max(8000, len(names)) if options.count is None else options.count
+        if options.count is None:  # of a long list each label is the first of a set at least once
+            options.count = max(SENTENCES, len(names))
+            options.per_request = min(options.per_request, max(1, options.count // len(names)))
         synonyms = data.synonyms_of(names, options.dataset)
         given = data.read_json(options.synonyms, "synonyms") if options.synonyms else {}
         for name, words in given.items() if isinstance(given, dict) else [(given, None)]:

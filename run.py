@@ -153,8 +153,8 @@ def parse(kind, argv, description, epilog=""):
     if config.predict and not config.checkpoint:
         raise UsageError("--predict uses a trained model: train one, then add --checkpoint DIR/checkpoint.safetensors")
     backbone = config.backbone or ("scenes" if config.dataset == "scenes" else "ViT-B-16")
-    own = not config.pretrained or config.pretrained == "none" or config.backbone or config.checkpoint
-    if backbone == "scenes" and not own:
+    settled = config.backbone or config.checkpoint or config.pretrained in (None, "none")
+    if backbone == "scenes" and not settled:
         raise UsageError(f"--pretrained {config.pretrained}: of which CLIP? add --backbone NAME, or leave it out")
     return dataclasses.replace(config, backbone=backbone)
 

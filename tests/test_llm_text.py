@@ -197,6 +197,16 @@ def test_killed_six_times():
     assert grammar(6000) == 0 and OUT.read_bytes() == whole
 
 
+def test_each_label_of_a_long_list_is_named(monkeypatch):
+    """As many sentences as labels, and no second one for a set before each label was the first of one."""
+    monkeypatch.setattr(llm_text, "SENTENCES", 6)
+    words = ["apple", "ball", "cup", "door", "egg", "fork", "glove", "hat", "jar", "key", "lamp", "map", "nail", "oven"]
+    Path("w.txt").write_text("\n".join(words))
+    assert run(f"sentences --labels w.txt --out {OUT}") == 0
+    lines = [json.loads(line) for line in OUT.read_text().splitlines()]
+    assert len(lines) == 14 and {label for line in lines for label in line["labels"]} == set(words)
+
+
 def test_asked_again(capsys):
     """For less: nothing is taken away. For more. And where the grammar has no more to give: it does not begin again."""
     BESIDE.write_text('{"settings": {"job": "se')  # a run that was killed at once
