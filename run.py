@@ -1,22 +1,8 @@
-"""What a run is, once for both methods: options, device, output folder, resume, checkpoint, record, exit codes.
+"""What a run is, once for both methods: options, device, output folder, progress, checkpoint, record, exit codes.
 
 A script extends Options by its own dataclass and does its work inside exit_codes, which turns every way to fail into
-one line. A folder belongs to one set of settings; it is locked while a run writes it, and nothing in it is moved aside.
+one line. A folder belongs to one set of settings and is locked while a run writes it.
 """
-import os
-import sys
-
-
-def _interrupted(kind, error, trace):
-    """Ctrl-C while torch is still being imported: one line, as later on."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
-    sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _interrupted
-
 import argparse
 import contextlib
 import dataclasses
@@ -24,10 +10,13 @@ import datetime
 import json
 import math
 import operator
+import os
 import platform
 import resource
 import shlex
 import subprocess
+import sys
+import time
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -35,18 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
+from tqdm import tqdm
 
 import data
 import embed
 import metrics
-import pictures
 from data import UsageError, say
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's; else one process
+RANK = int(os.environ.get("RANK", 0))  # torchrun's numbers; without it one process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 RESUME_SECONDS = float(os.environ.get("RESUME_SECONDS", 5))  # between saves of resume.pt
+PLAIN_SECONDS = 60  # between lines about a training where stderr is no terminal
 
 
 class Diverged(Exception):
@@ -54,14 +44,14 @@ class Diverged(Exception):
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
-RANGE = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
+RANGE = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt}
 
 
-def option(default, text, group="method", **words):
-    """A field that becomes --its-name. group: its heading in --help (running options do not decide a result); words:
-    its range (above, at_least, below, at_most), and what argparse.add_argument takes."""
-    about = {"group": group, "help": text, "limits": {word: words.pop(word) for word in RANGE if word in words}}
-    return dataclasses.field(default=default, metadata={**about, "argparse": words})
+def option(default, text, group="method", above=None, at_least=None, below=None, **words):
+    """A field that becomes --its-name. group: its heading in --help (running options do not decide a result); above,
+    at_least, below: its range; words: what argparse.add_argument takes."""
+    limits = {"above": above, "at_least": at_least, "below": below}
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "limits": limits, "words": words})
 
 
 @dataclass
@@ -73,7 +63,9 @@ class Options:
     labels: str = option(None, "label file, one name a line (default: the dataset's own)", "data", metavar="FILE")
     unseen: tuple = option((), "labels that training does not see and that are scored beside the others", "data",
                            nargs="+", metavar="LABEL")
-    limit: int = option(None, "only the first N training texts or photos, test photos", "data", at_least=1, metavar="N")
+    train_count: int = option(None, "train on N photos (RP: texts of a file), drawn from all by a fixed seed, fewer "
+                              "among more", "data", at_least=1, metavar="N")
+    test_count: int = option(None, "score N test photos, drawn likewise", "data", at_least=1, metavar="N")
     no_probe: bool = option(False, "no linear probe beside the result", "data")
     backbone: str = option(None, "open_clip's name, or scenes (default: scenes for scenes, else ViT-B-16)", "CLIP")
     pretrained: str = option(None, "open_clip's tag, a file, or none: random (default: openai)", "CLIP", metavar="FILE")
@@ -92,28 +84,12 @@ class Options:
     cache: str = option("runs/cache", "folder of cached features", "running", metavar="DIR")
     output: str = option(None, "folder of results (default: runs/<method>/<dataset>)", "running", metavar="DIR")
     overwrite: bool = option(False, "begin anew in a folder that holds a run", "running")
-    save_all: bool = option(False, "keep every model, not the first seed's alone, in checkpoints/", "running")
-    checkpoint: str = option(None, "a trained model: it is scored, or used by --predict", "running", metavar="FILE")
-    predict: tuple = option((), "photos or folders that --checkpoint shall tag: a JSON line each on stdout, and a "
-                            "contact sheet", "running", nargs="+", metavar="PATH")
-    tags: str = option(None, "a file at whose end --predict writes its lines; photos whose line is there are left out",
-                       "running", metavar="JSONL")
-    html: str = option(None, "a page to look through what --predict tagged: thumbnails, tags, filters", "running",
-                       metavar="FILE")
-    score_floor: float = option(0.0, "scores below it are left out of the lines", "running", at_least=0, at_most=1)
-    threshold: float = option(0.5, "a label becomes a tag above this score", "running", at_least=0, at_most=1)
-    top_k: int = option(None, "the K strongest labels alone become tags", "running", at_least=1, metavar="K")
+    save_all: bool = option(False, "keep every seed's model, not the first one's alone, in checkpoints/", "running")
+    checkpoint: str = option(None, "a trained model, scored on the test photos instead of training", "running",
+                             metavar="FILE")
+    tensorboard: bool = option(False, "write what log.jsonl holds for TensorBoard too", "running")
     quiet: bool = option(False, "no progress bar", "running")
     given: tuple = ()  # names of the options that stood on the command line
-
-
-MOVED = {  # what became of options that earlier versions had
-    **{f"--{name.replace('_', '-')}": f"now --policy {name}=VALUE"
-       for name in ("difficult", "unlabelled", "validation", "partition", "split_seed")},
-    "--captions": "now --texts FILE", "--no-descriptions": "now --descriptions none",
-    "--eval-only": "no longer needed: --checkpoint alone scores", "--accumulate": "gone: lower --batch-size",
-    "--download": "now a command: python -c \"import embed; embed.download_voc2007('data')\"",
-}
 
 
 def options_of(kind):
@@ -124,302 +100,365 @@ def flag_of(name):
     return "--" + name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Of mistakes on the command line it raises UsageError, and takes no shortened options."""
+
+    def __init__(self, **words):
+        super().__init__(allow_abbrev=False, **words)
+
     def error(self, message):
         raise UsageError(f"{message}; --help lists the options")
 
 
-def parse(kind, argv, description, epilog=""):
+def parse(kind, argv, description, epilog):
     """kind: dataclass that extends Options; argv: words -> kind. Raises UsageError for words that make no sense."""
-    for flag in (word.partition("=")[0] for word in argv):
-        if flag in MOVED:
-            raise UsageError(f"{flag} is {MOVED[flag]}")
-    parser = _Parser(description=description, epilog=epilog, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, epilog=epilog, argument_default=argparse.SUPPRESS)
     groups = {name: parser.add_argument_group(name) for name in ("method", "data", "CLIP", "running")}
     for field in options_of(kind):
-        words, default = dict(field.metadata["argparse"]), field.default
-        if field.type is bool:
-            words["action"] = "store_true"
-        else:
-            words.setdefault("type", field.type if field.type in (int, float) else str)
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        text = field.metadata["help"] + (f" (default: {shown})" if shown not in (None, False, "") else "")
-        groups[field.metadata["group"]].add_argument(flag_of(field.name), help=text.replace("%", "%%"), **words)
+        add_option(groups[field.metadata["group"]], field)
     given = vars(parser.parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    for name, value in given.items():
+        if isinstance(value, list):
+            given[name] = tuple(value)
     config = kind(**given, given=tuple(given))
     for field in options_of(kind):
         check_range(field, getattr(config, field.name))
-    if config.predict and not config.checkpoint:
-        raise UsageError("--predict uses a trained model: train one, then add --checkpoint DIR/checkpoint.safetensors")
-    backbone = config.backbone or ("scenes" if config.dataset == "scenes" else "ViT-B-16")
-    settled = config.backbone or config.checkpoint or config.pretrained in (None, "none")
-    if backbone == "scenes" and not settled:
-        raise UsageError(f"--pretrained {config.pretrained}: of which CLIP? add --backbone NAME, or leave it out")
-    return dataclasses.replace(config, backbone=backbone)
+    if config.backbone is None:
+        if config.dataset == "scenes" and config.pretrained not in (None, "none") and not config.checkpoint:
+            raise UsageError(f"--pretrained {config.pretrained}: of which CLIP? add --backbone NAME, or leave it out")
+        config.backbone = "scenes" if config.dataset == "scenes" else "ViT-B-16"
+    return config
+
+
+def add_option(group, field):
+    words = dict(field.metadata["words"])
+    if field.type is bool:
+        words["action"] = "store_true"
+    elif field.type in (int, float):
+        words["type"] = field.type
+    text = field.metadata["help"].replace("%", "%%")
+    default = field.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    if default not in (None, False, ""):
+        text += f" (default: {default})"
+    group.add_argument(flag_of(field.name), help=text, **words)
 
 
 def check_range(field, value):
-    values = value if isinstance(value, tuple) else () if value is None else (value,)
-    limits = field.metadata["limits"]
+    """Raises UsageError for a number out of the option's range, and for a value that stands twice."""
+    values = value if isinstance(value, tuple) else (value,)
+    limits = {word: limit for word, limit in field.metadata["limits"].items() if limit is not None}
     for one in values:
-        finite = not isinstance(one, float) or math.isfinite(one)
-        if not finite or not all(RANGE[word](one, limit) for word, limit in limits.items()):
-            wanted = " and ".join(f"{word.replace('_', ' ')} {limit:g}" for word, limit in limits.items()) or "finite"
-            raise UsageError(f"{flag_of(field.name)} {one}: must be {wanted}")
+        if not isinstance(one, int | float):
+            continue
+        if not math.isfinite(one) or not all(RANGE[word](one, limit) for word, limit in limits.items()):
+            wanted = [f"{word.replace('_', ' ')} {limit:g}" for word, limit in limits.items()]
+            raise UsageError(f"{flag_of(field.name)} {one}: must be {' and '.join(wanted) or 'finite'}")
     if len(set(values)) < len(values):
         raise UsageError(f"{flag_of(field.name)} {' '.join(map(str, values))}: a value stands twice")
 
 
-def known_columns(config, names):
-    """Columns of the labels that training may see, all but --unseen -> list of int. Raises UsageError."""
-    columns = [column for column, name in enumerate(names) if name not in config.unseen]
-    if odd := [name for name in config.unseen if name not in names] or not columns and names:
-        raise UsageError(f"--unseen {odd[0]}: must leave some out of the labels {', '.join(names[:30])}, and not all")
-    return columns
+def without_unseen(config, names):
+    """The labels that training may see, all but --unseen -> list of str. Raises UsageError."""
+    for name in config.unseen:
+        if name not in names:
+            raise UsageError(f"--unseen {name}: must be one of the labels {', '.join(names[:30])}")
+    trained = [name for name in names if name not in config.unseen]
+    if not trained:
+        raise UsageError("--unseen: leaves no label to learn from")
+    return trained
 
 
-def settings_of(config, **more):
+def settings_of(config):
     """What decides a result: options other than the running ones, content of files and datasets. JSON values."""
-    deciding = [field for field in options_of(config) if field.metadata["group"] != "running"]
-    values = {field.name: getattr(config, field.name) for field in deciding}
-    for name in (field.name for field in deciding if field.metadata["argparse"].get("metavar") == "FILE"):
-        if values[name] and Path(values[name]).is_file():
-            values[f"content of {name}"] = data.digest(values[name])
-    values["content of the dataset"] = data.identity(config.dataset, config.data_root)
-    return json.loads(json.dumps({**values, **more}))
+    settings = {"content of the dataset": data.identity(config.dataset, config.data_root)}
+    for field in options_of(config):
+        value = getattr(config, field.name)
+        decides = field.metadata["group"] != "running" or field.name == "checkpoint"
+        if not decides:
+            continue
+        settings[field.name] = value
+        if field.metadata["words"].get("metavar") == "FILE" and value and Path(value).is_file():
+            settings[f"content of {field.name}"] = data.digest(value)
+    return json.loads(json.dumps(settings))
 
 
 # --- device -----------------------------------------------------------------------------------------------------------
 def set_up(config):
-    """The device and, under torchrun, the process group -> (config with its precision, device)"""
-    count, number = torch.cuda.device_count(), config.gpu
+    """The device, and torchrun's process group; sets config.precision where it is not given. -> torch.device"""
+    count = torch.cuda.device_count()
+    number = config.gpu
     if number is not None and (config.cpu or WORLD > 1):
         raise UsageError("--gpu excludes --cpu, and torchrun, which gives every process its own; leave one out")
     if number is None and count and not config.cpu:
         number = int(os.environ.get("LOCAL_RANK", 0))
     if number is not None and number >= count:
         raise UsageError(f"GPU {number}: this machine has {count} that PyTorch can use; choose another, or --cpu")
-    device = torch.device("cpu") if number is None else torch.device("cuda", number)
-    if device.type == "cuda":
+
+    device = torch.device("cpu")
+    precision = "fp32"
+    if number is not None:
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            precision = "bf16"
+    if config.precision is None:
+        config.precision = precision
+
+    if WORLD > 1:
+        backend = "gloo" if number is None else "nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
     if RANK > 0:  # a mistake is said once, by the first process
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     if number is None and not config.cpu:
         say("no GPU found: running on the CPU")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return dataclasses.replace(config, precision=config.precision or ("bf16" if bf16 else "fp32")), device
+    return device
 
 
 def load_clip(config, device):
     return embed.load_clip(config.backbone, config.pretrained, device, config.precision, config.resolution)
 
 
-def part():
-    """Under torchrun: from here on the first process works alone -> whether this is one of the others"""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return RANK > 0
-
-
 # --- output folder ----------------------------------------------------------------------------------------------------
-def read_result(path):
-    """metrics.json -> dict. Raises UsageError for a file of another form."""
-    def read(path):
-        result = json.loads(path.read_text("utf-8"))
-        forms = (("settings", dict), ("runs", list), ("finished", bool))
-        fits = all(isinstance(result[name], form) for name, form in forms)
-        if not fits or not all("seed" in one for one in result["runs"]):
-            raise ValueError("not the form that a run writes")
-        return result
-    return data.read_stored(path, "result", read, "delete it, or add --overwrite to begin anew")
+HELD = []  # locks, until the process ends
 
 
-def open_folder(config, folder, settings):
-    """Lock a run's folder and look at what it holds -> (None, a part of the result or all of it; the lock, to be kept).
-
-    Raises UsageError where another process writes it, it holds a run with other settings, or it cannot be written.
-    """
-    lock = data.hold(folder / ".lock", f"--output {folder}") if RANK == 0 else None
-    if config.overwrite or not (folder / "metrics.json").is_file():
-        return None, lock
-    result = read_result(folder / "metrics.json")
-    then = result["settings"]
-    other = [f"{name} {then.get(name)}, not {settings.get(name)}" for name in {**then, **settings}
-             if then.get(name) != settings.get(name)]
-    if other:
-        raise UsageError(f"--output {folder} holds a run with other settings ({'; '.join(other)}); choose another "
-                         "--output, or add --overwrite to begin anew")
-    return result, lock
-
-
-def begin(folder, result):
-    """Just before training: the folder becomes this run's, and what another one left there goes. result: the record."""
+def open_folder(config, default):
+    """Lock the run's folder -> (folder, its record: {} for a new run). A checkpoint that is scored without --output has
+    no folder: (None, {}). Raises UsageError where another process writes it, or it holds a run with other settings."""
+    if config.checkpoint and not config.output:
+        return None, {}
+    folder = Path(config.output or default)
     if RANK == 0:
+        HELD.append(data.hold(folder / ".lock", f"--output {folder}"))
+    path = folder / "metrics.json"
+    if config.overwrite or not path.is_file():
+        return folder, {}
+    with data.reading(path, "result", "delete it, or add --overwrite to begin anew"):
+        record = json.loads(path.read_text("utf-8"))
+        then = dict(record["settings"])
+        seeds = [one["seed"] for one in record["runs"]]
+        if record["finished"] not in (True, False) or len(seeds) > len(config.seed):
+            raise ValueError("not the form that a run writes")
+    now = settings_of(config)
+    differ = [f"{name} {then.get(name)}, not {now.get(name)}" for name in then | now if then.get(name) != now.get(name)]
+    if differ:
+        raise UsageError(f"--output {folder} holds a run with other settings ({'; '.join(differ)}); choose another "
+                         "--output, or add --overwrite to begin anew")
+    if record["finished"]:
+        say(f"{folder} is finished; --overwrite does it again")
+    return folder, record
+
+
+def begin(folder, record):
+    """Just before training: the folder becomes this run's, and what another one left there goes."""
+    if folder and RANK == 0:
         for name in ("metrics.json", "resume.pt", "checkpoint.safetensors", "log.jsonl"):
             (folder / name).unlink(missing_ok=True)
-    write_result(folder, result)
+        data.write_json(folder / "metrics.json", record)
 
 
-def write_result(folder, result, log=()):
-    """metrics.json, and for each epoch of a seed that is done a line in log.jsonl -> the result as it is stored"""
-    if RANK == 0:
-        with open(folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in log)
-        data.write_json(folder / "metrics.json", result)
-        if log:
-            (folder / "resume.pt").unlink(missing_ok=True)
+def end_seed(folder, record, seconds, finished):
+    """metrics.json with another seed in record["runs"], and the means over all of them"""
+    record["seconds"] = round(seconds, 2)
+    record["finished"] = finished
+    scored = [one for one in record["runs"] if "mAP" in one]
+    if scored:
+        record["mAP"], record["mAP_std"] = spread([one["mAP"] for one in scored])
+        ap = np.array([one["ap"] for one in scored], float).mean(0)
+        for label, mean in zip(record["per_class"], ap.tolist(), strict=True):
+            label["ap"] = mean
+    if folder and RANK == 0:
+        data.write_json(folder / "metrics.json", record)
+        (folder / "resume.pt").unlink(missing_ok=True)
     if dist.is_initialized():
         dist.barrier()
-    return read_result(folder / "metrics.json")
 
 
-# --- resume and checkpoint --------------------------------------------------------------------------------------------
+# --- progress of a training -------------------------------------------------------------------------------------------
+class Progress:
+    """A training's line an epoch in log.jsonl, its resume.pt now and then, and what a person sees of it."""
+
+    def __init__(self, config, folder, title, steps, tensors, optimiser):
+        """title: names the run; steps: of an epoch; tensors: {name: tensor} of all that training changes. What an
+        interrupted run kept goes into tensors and optimiser. Raises UsageError for a damaged resume.pt."""
+        self.config = config
+        self.folder = folder
+        self.title = title
+        self.tensors = tensors
+        self.optimiser = optimiser
+        self.log = []
+        if (folder / "resume.pt").is_file():
+            self._resume()
+        self.epochs_done = len(self.log)
+        self.epoch_began = self.said_at = self.saved_at = time.time()
+        self.save_seconds = 0.0
+        self.bar = tqdm(initial=self.epochs_done * steps, total=config.epochs * steps, desc=f"training {title}",
+                        unit="step", disable=config.quiet or RANK > 0 or None)
+        self.bar.disable = self.bar.disable or not sys.stderr.isatty()
+        self.board = None
+        if config.tensorboard and RANK == 0:
+            self.board = open_tensorboard(folder)
+
+    def _resume(self):
+        with data.reading(self.folder / "resume.pt", "half-trained model", "delete it to train this seed anew") as path:
+            try:
+                state = torch.load(path, weights_only=True, map_location="cpu")
+            except Exception:  # torch raises many kinds, and advises to load what must not be loaded
+                raise ValueError("is damaged") from None
+            if state["title"] != self.title:
+                return
+            fill(self.tensors, state["tensors"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.log = list(state["log"])
+        say(f"{self.folder}: going on after epoch {len(self.log)}")
+
+    def step(self):
+        """After every step: the bar; where stderr is no terminal, a plain line a minute."""
+        self.bar.update()
+        now = time.time()
+        if self.bar.disable and not self.config.quiet and now > self.said_at + PLAIN_SECONDS:
+            self.said_at = now
+            say(f"training {self.title}: epoch {len(self.log) + 1} of {self.config.epochs}")
+
+    def end_epoch(self, loss, lr, remedy):
+        """loss: mean over the epoch; lr: learning rate at its end; remedy: what to lower. Raises Diverged."""
+        epoch = len(self.log) + 1
+        if not math.isfinite(loss) or not all(tensor.isfinite().all() for tensor in self.tensors.values()):
+            raise Diverged(f"training diverged in epoch {epoch} (loss {loss}); lower {remedy}")
+        now = time.time()
+        entry = {"run": self.title, "epoch": epoch, "loss": loss, "lr": lr, "seconds": round(now - self.epoch_began, 3)}
+        self.epoch_began = now
+        self.log.append(entry)
+        self.bar.set_postfix(loss=f"{loss:.3f}")
+        if RANK > 0:
+            return
+        self._write_log()
+        if self.board:
+            self.board.add_scalar(f"loss/{self.title}", loss, epoch)
+            self.board.add_scalar(f"lr/{self.title}", lr, epoch)
+        if epoch == self.config.epochs:
+            self.bar.close()
+        elif now > self.saved_at + max(RESUME_SECONDS, 20 * self.save_seconds):
+            self._save()
+
+    def _write_log(self):
+        """This run's lines behind those of the seeds before it; lines that a killed run wrote after its last save go"""
+        path = self.folder / "log.jsonl"
+        lines = [json.dumps(entry) + "\n" for entry in self.log]
+        if len(self.log) == self.epochs_done + 1:
+            earlier = path.read_text("utf-8").splitlines(True) if path.is_file() else []
+            others = [line for line in earlier if json.loads(line)["run"] != self.title]
+            data.write_atomically(path, "".join(others + lines))
+        else:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(lines[-1])
+
+    def _save(self):
+        began = time.time()
+        stream = BytesIO()
+        state = {"title": self.title, "tensors": self.tensors, "log": self.log}
+        torch.save({**state, "optimiser": self.optimiser.state_dict()}, stream)
+        data.write_atomically(self.folder / "resume.pt", stream.getvalue())
+        self.saved_at = time.time()
+        self.save_seconds = self.saved_at - began
+
+
+def open_tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard: pip install tensorboard, or leave it out") from None
+    return SummaryWriter(folder)
+
+
 def fill(tensors, stored):
     """Copy stored {name: tensor} into tensors of the same names and shapes. Raises ValueError."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in some.items()} for some in (tensors, stored)]
-    if shapes[0] != shapes[1]:
-        raise ValueError("its tensors do not fit its settings")
-    if bad := [name for name, tensor in stored.items() if not tensor.isfinite().all()]:
-        raise ValueError(f"its {bad[0]} is not finite")
+    for name in tensors.keys() | stored.keys():
+        if name not in tensors or name not in stored or tensors[name].shape != stored[name].shape:
+            raise ValueError("its tensors do not fit its settings")
+        if not stored[name].isfinite().all():
+            raise ValueError(f"its {name} is not finite")
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(stored[name])
 
 
+# --- checkpoint -------------------------------------------------------------------------------------------------------
 OWN_CHECKPOINT = "pass a checkpoint.safetensors that this script wrote"
 
 
-def save_resume(path, key, tensors, optimiser, log):
-    stream = BytesIO()
-    torch.save({"key": key, "tensors": tensors, "optimiser": optimiser.state_dict(), "log": log}, stream)
-    data.write_atomically(path, stream.getvalue())
-
-
-def load_resume(path, key, tensors, optimiser):
-    """Copy what save_resume kept for this key into tensors and optimiser -> log, one entry an epoch done, [] if nothing
-    was kept. Raises UsageError for a damaged file."""
-    def read(path):
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception:  # torch raises many kinds, and advises to load what must not be loaded
-            raise ValueError("is damaged") from None
-        if state["key"] != key:
-            return []
-        fill(tensors, state["tensors"])
-        optimiser.load_state_dict(state["optimiser"])
-        return list(state["log"])
-    if not path.is_file():
-        return []
-    log = data.read_stored(path, "half-trained model", read, "delete it to train this seed anew")
-    if log:
-        say(f"{path.parent}: going on after epoch {len(log)}")
-    return log
-
-
-def save_checkpoints(config, folder, number, title, method, tensors, **metadata):
-    """A run's learned tensors; class order, settings, encoder ... as JSON in the file's metadata. The first run's are
-    checkpoint.safetensors, with --save-all each run's are checkpoints/<its title>.safetensors."""
+def save_checkpoint(config, folder, seed, tensors, **metadata):
+    """A run's learned tensors; method, class order, settings, encoder ... as JSON in the file's metadata. The first
+    seed's are checkpoint.safetensors, with --save-all each seed's are checkpoints/seed <seed>.safetensors."""
+    if RANK > 0:
+        return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {name: json.dumps(value) for name, value in {"method": method, "title": title, **metadata}.items()}
-    paths = [folder / "checkpoint.safetensors"] * (number == 0)
-    for path in paths + [folder / "checkpoints" / f"{title}.safetensors"] * config.save_all:
-        data.write_atomically(path, to_safetensors(tensors, metadata))
+    metadata |= {"seed": seed, "settings": settings_of(config)}
+    content = to_safetensors(tensors, {name: json.dumps(value) for name, value in metadata.items()})
+    if seed == config.seed[0]:
+        data.write_atomically(folder / "checkpoint.safetensors", content)
+    if config.save_all:
+        data.write_atomically(folder / "checkpoints" / f"seed {seed}.safetensors", content)
 
 
-def read_checkpoint(path, method):
-    """-> (tensors, metadata: dict with names, settings, encoder, encoder_key). Raises UsageError for any other file."""
-    def read(path):
+def read_checkpoint(path, method=None):
+    """-> (tensors, metadata: dict with method, names, settings, encoder, encoder_key). Raises UsageError for any other
+    file, and for one of another method."""
+    with data.reading(path, "checkpoint", OWN_CHECKPOINT):
         with safe_open(str(path), "pt") as stored:
-            metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
-        forms = (("names", list), ("settings", dict), ("encoder", str), ("encoder_key", str))
-        if metadata.get("method") != method or not all(isinstance(metadata[name], form) for name, form in forms):
+            metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
+        if metadata.get("method") not in ("rp", "sspa") or method not in (None, metadata["method"]):
             raise ValueError("it holds no model of this script")
-        return tensors, metadata
-    return data.read_stored(path, "checkpoint", read, OWN_CHECKPOINT)
+        for name, kind in {"names": list, "settings": dict, "encoder": str, "encoder_key": str, "seed": int}.items():
+            if not isinstance(metadata[name], kind):
+                raise ValueError(f"its {name} is of another form")
+    return tensors, metadata
 
 
-def use_weights(path, tensors, stored):
-    """fill, with what a checkpoint held. Raises UsageError."""
-    data.read_stored(path, "checkpoint", lambda _: fill(tensors, stored), OWN_CHECKPOINT)
-
-
-def as_trained(config, path, settings):
-    """How a model was made is its checkpoint's to say; what it is used on, the command line's. -> config"""
-    own = [field.name for field in options_of(config) if field.metadata["group"] in ("method", "CLIP")]
-    made = {name: settings[name] for name in own if name in settings and name not in ("impl", "precision")}
-    if "dataset" not in config.given:
-        made |= {name: settings[name] for name in ("dataset", "data_root", "policy") if name not in config.given}
-    made = {name: tuple(value) if isinstance(value, list) else value for name, value in made.items()}
-    for name in ("backbone", "pretrained", "resolution"):  # weights may have moved; that they are the same is checked
-        if name in config.given:
-            del made[name]
-    if ignored := [flag_of(name) for name in config.given if name in made and getattr(config, name) != made[name]]:
-        say(f"{path} was made with its own {', '.join(ignored)}; what the command line says of it is not used")
-    return dataclasses.replace(config, **made)
+def as_trained(config, metadata):
+    """How a model was made is its checkpoint's to say; what it is scored on, the command line's. -> config"""
+    settings = metadata["settings"]
+    changes = {"seed": (metadata["seed"],)}
+    ignored = []
+    for field in options_of(config):
+        name = field.name
+        group = field.metadata["group"]
+        moved = name in ("backbone", "pretrained", "resolution")  # that weights are the same is checked
+        on_other_data = group == "data" and "dataset" in config.given
+        if name not in settings or name in ("impl", "precision", "seed", "checkpoint", "no_probe") or on_other_data:
+            continue
+        value = settings[name]
+        if isinstance(value, list):
+            value = tuple(value)
+        if name not in config.given:
+            changes[name] = value
+        elif group == "method" and getattr(config, name) != value:
+            ignored.append(flag_of(name))
+            changes[name] = value
+        elif group == "CLIP" and not moved:
+            changes[name] = value
+    if ignored:
+        say(f"{config.checkpoint} was made with its own {', '.join(ignored)}; the command line's is not used")
+    return dataclasses.replace(config, **changes)
 
 
 def check_fits(path, metadata, names, encoder, encoder_key):
     """A checkpoint is used with its own labels in their order, and with its own encoder. Raises UsageError."""
-    if names != metadata["names"]:
-        pairs = enumerate(zip(metadata["names"], names, strict=False), 1)
-        other = [f"label {number} is '{there}' there and '{here}' here"
-                 for number, (there, here) in pairs if there != here]
-        other.append(f"it has {len(metadata['names'])} labels, not {len(names)}")
-        raise UsageError(f"checkpoint {path}: trained for other labels or another order of them ({other[0]}); pass the "
+    trained = metadata["names"]
+    if names != trained:
+        reason = f"it has {len(trained)} labels, not {len(names)}"
+        for number, (there, here) in enumerate(zip(trained, names, strict=False), 1):
+            if there != here:
+                reason = f"label {number} is '{there}' there and '{here}' here"
+                break
+        raise UsageError(f"checkpoint {path}: trained for other labels or another order of them ({reason}); pass the "
                          "--dataset and --labels it was trained with")
     if encoder_key != metadata["encoder_key"]:
         raise UsageError(f"checkpoint {path}: trained on {metadata['encoder']}, not on {encoder} as it is here; pass "
                          "the same --backbone, --pretrained and --resolution (or --features)")
-
-
-# --- baselines --------------------------------------------------------------------------------------------------------
-# C of scikit-learn, for all data. Cross-validated in 5 parts on the 20,000 training pictures of scenes, 10 gives 66.95
-PROBE_STRENGTH = 100.0  # mAP, 100 gives 67.16, and more at most 67.19; on the first 4,000 it is 65.57, 65.33 and less
-PROBE_LIMIT = 8e9  # training rows x width x labels; half of it takes a minute or two on two cores
-
-
-def linear_probe(features, labels, images, strength=PROBE_STRENGTH):
-    """Logistic regression, a label at a time, as scikit-learn's LogisticRegression(C=strength) on unit features.
-
-    features: [N, D] with labels [N, C], -1 left out; images: [M, D] -> logits float64 [M, C]. All labels at once, by
-    L-BFGS in coordinates u in which no direction is steeper than another: p (1 - p) <= 1/4, so the loss's second
-    derivative is at most penalty + x x^T / 4.
-    """
-    x, new = (F.pad(F.normalize(rows.double().cpu(), dim=-1), (0, 1), value=1) for rows in (features, images))
-    penalty = torch.full(x.shape[1:], 1 / strength, dtype=torch.float64)
-    penalty[-1] = 0  # the intercept is free
-    factor = torch.linalg.cholesky(x.mT @ x / 4 + penalty.diag())
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False).mT
-    x, present, known = x @ inverse, (labels == 1).double(), (labels >= 0).double()
-    u = torch.zeros(len(factor), labels.shape[1], dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([u], max_iter=1000, tolerance_grad=1e-3, tolerance_change=0,
-                                  line_search_fn="strong_wolfe")
-
-    def loss():
-        optimiser.zero_grad()
-        total = F.binary_cross_entropy_with_logits(x @ u, present, known, reduction="sum")
-        total = total + (penalty[:, None] * (inverse @ u) ** 2).sum() / 2
-        total.backward()
-        return total.detach()
-    optimiser.step(loss)
-    return new @ (inverse @ u).detach()
-
-
-def baselines(config, prompts, images, truth, features=None, labels=None):
-    """What somebody would try first: zero-shot, the cosine with the prompts [C, D]; and the linear probe, learnt from
-    features [N, D] with labels [N, C], if there are any. images: [M, D]; truth: numpy [M, C] -> dict for the record"""
-    cosine, probe = (F.normalize(images, dim=-1) @ F.normalize(prompts, dim=-1).T).numpy(), None
-    if features is not None and not (config.no_probe or config.unseen):  # it would learn what is to be left out
-        if features.shape[0] * features.shape[1] * len(prompts) <= PROBE_LIMIT:
-            probe = metrics.mean_average_precision(linear_probe(features, labels, images).numpy(), truth)
-        else:
-            say(f"no linear probe: {len(features):,} x {features.shape[1]} features, {len(prompts):,} labels take long")
-    return {"zero_shot_mAP": metrics.mean_average_precision(cosine, truth), "linear_probe_mAP": probe,
-            "zero_shot_ap": (100 * metrics.average_precision(cosine, truth)).tolist()}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -427,161 +466,110 @@ def measure(logits, scores, truth):
     """What is recorded of one run. logits [N, C] rank, scores [N, C] are thresholded; truth [N, C] -> dict, percent"""
     if not np.isfinite(logits).all():
         raise Diverged("the scores of the test photos are not finite; lower --lr")
-    return {"mAP": metrics.mean_average_precision(logits, truth),
-            "mAP_interpolated": metrics.mean_average_precision(logits, truth, interpolated=True),
-            "threshold_0.5": metrics.multilabel_f1(scores, truth),
-            "top_3": metrics.multilabel_f1(scores, truth, top_k=min(3, truth.shape[1])),
-            "attributes": metrics.attribute_metrics(scores, truth),
-            "ap": (100 * metrics.average_precision(logits, truth)).tolist()}
+    return {
+        "mAP": metrics.mean_average_precision(logits, truth),
+        "mAP_interpolated": metrics.mean_average_precision(logits, truth, interpolated=True),
+        "threshold_0.5": metrics.multilabel_f1(scores, truth),
+        "top_3": metrics.multilabel_f1(scores, truth, top_k=min(3, truth.shape[1])),
+        "attributes": metrics.attribute_metrics(scores, truth),
+        "ap": (100 * metrics.average_precision(logits, truth)).tolist(),
+    }
 
 
 def spread(values):
-    """(mean, sample standard deviation; 0 for one value)"""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    """(mean, sample standard deviation; 0 for one value). None counts as undefined."""
+    values = np.array(values, float)
+    if len(values) == 1:
+        return float(values[0]), 0.0
+    return float(values.mean()), float(values.std(ddof=1))
 
 
 def commit():
     """The git commit this file is at, "+" when the tree has changes, "unknown" outside a repository."""
-    def git(*words):
-        words = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True,
+                                 check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
-def record(method, config, argv, settings, device, seconds, names, truth, runs, chosen, finished, baselines, trained,
-           **more):
-    """The content of metrics.json. runs: dicts of measure with seed and setting; chosen: those of the main setting;
-    truth: labels of the test photos [N, C], or None without any, as are baselines: what baselines() gave; trained:
-    label names that were learnt; more: what the method adds."""
-    beside = {"zero_shot_mAP": None, "linear_probe_mAP": None, "zero_shot_ap": [None] * len(names)} | (baselines or {})
-    scored = [run for run in chosen if "mAP" in run]
-    mean, std = spread([np.nan if run["mAP"] is None else run["mAP"] for run in scored]) if scored else (None, None)
-    ap = np.array([run["ap"] for run in scored], float).mean(0) if scored else []
-    of_prompts = beside.pop("zero_shot_ap")
-    per_class = [{"name": name, "positives": int((truth[:, column] == 1).sum()), "ap": float(ap[column]),
-                  "zero_shot_ap": of_prompts[column], "trained": name in trained}
-                 for column, name in enumerate(names) if scored]
-    on_gpu = device.type == "cuda"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def new_record(method, config, argv, device, names, trained, truth, first_tries):
+    """metrics.json before the first seed is done. names: all labels; trained: those that are learnt; truth: labels of
+    the test photos [N, C], None without any; first_tries: of baselines.zero_shot -> dict"""
+    per_class = []
+    for column, name in enumerate(names):
+        positives = zero_shot_ap = None
+        if truth is not None:
+            positives = int((truth[:, column] == 1).sum())
+            zero_shot_ap = first_tries["zero_shot_ap"][column]
+        per_class.append({"name": name, "positives": positives, "ap": None, "zero_shot_ap": zero_shot_ap,
+                          "trained": name in trained})
+    machine = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     return {
-        "method": method, "dataset": config.dataset, "impl": config.impl, "commit": commit(), "mAP": mean,
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *argv]), "seconds": round(seconds, 2), "mAP_std": std,
-        "seeds": [run["seed"] for run in chosen], "runs": runs, "per_class": per_class, "label_count": len(names),
-        "photo_count": 0 if truth is None else len(truth), **beside, **more, "settings": settings, "finished": finished,
-        "config": {field.name: getattr(config, field.name) for field in options_of(config)}, "processes": WORLD,
+        "method": method,
+        "dataset": config.dataset,
+        "impl": config.impl,
+        "commit": commit(),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *argv]),
+        "settings": settings_of(config),
+        "config": {field.name: getattr(config, field.name) for field in options_of(config)},
+        "seeds": list(config.seed),
+        "processes": WORLD,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
-        "peak_memory_mib": round((torch.cuda.max_memory_allocated(device) if on_gpu else peak) / 2 ** 20),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+        "device": machine,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "label_count": len(names),
+        "photo_count": 0 if truth is None else len(truth),
+        "zero_shot_mAP": first_tries["zero_shot_mAP"],
+        "linear_probe_mAP": first_tries["linear_probe_mAP"],
+        "mAP": None,
+        "mAP_std": None,
+        "per_class": per_class,
+        "runs": [],
+        "finished": False,
+    }
 
 
-def report(result, trained, row_of):
-    """Print a result as a person reads it. trained: from what it learnt; row_of: run -> what its row is called"""
-    tested = f"{result['dataset']}: {result['photo_count']:,} test photos, " * bool(result["photo_count"])
-    print(f"{tested}{result['label_count']:,} labels; {result['backbone']}; {trained}; {len(result['seeds'])} seed"
-          + "s" * (len(result["seeds"]) > 1))
-    if result["zero_shot_mAP"] is None:
+def peak_memory_mib(device):
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20)
+
+
+def report(record, row, learnt_from):
+    """Print a result as a person reads it. row: what the method's row is called; learnt_from: words"""
+    seeds = f"{len(record['runs'])} seeds"
+    if len(record["runs"]) == 1:
+        seeds = "1 seed"
+    tested = ""
+    if record["photo_count"]:
+        tested = f"{record['dataset']}: {record['photo_count']:,} test photos, "
+    print(f"{tested}{record['label_count']:,} labels; {record['backbone']}; {learnt_from}; {seeds}")
+    if record["zero_shot_mAP"] is None:
         print("(no test photos for these labels: nothing to score; --dataset names a set that has them)")
         return
-    print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}\n{'zero-shot (cosine)':<34}{result['zero_shot_mAP']:8.2f}")
-    if result["linear_probe_mAP"] is not None:
-        print(f"{'linear probe of its training data':<34}{result['linear_probe_mAP']:8.2f}")
-    for row in dict.fromkeys(map(row_of, result["runs"])):
-        runs = [run for run in result["runs"] if row_of(run) == row]
-        mean, std = spread([np.nan if run["mAP"] is None else run["mAP"] for run in runs])
-        f1 = "".join(f"{np.mean([run['threshold_0.5'][name] for run in runs]):8.1f}" for name in ("CF1", "OF1"))
-        print(f"{row:<34}{mean:8.2f}" + (f" ±{std:4.2f}" if len(runs) > 1 else " " * 6) + f1)
-    if not all(entry["trained"] for entry in result["per_class"]):
-        for learnt, word in ((True, "trained on"), (False, "never trained on")):
-            some = [label for label in result["per_class"] if label["trained"] == learnt and label["positives"]]
-            own, zero_shot = (np.mean([label[key] for label in some]) for key in ("ap", "zero_shot_ap"))
-            print(f"  {len(some)} labels {word}: mAP {own:.2f}, zero-shot {zero_shot:.2f}")
-
-
-def photos_of(config, paths):
-    """Photos of one's own, which a model is used on -> list of Paths. Raises UsageError."""
-    photos = [photo for path in paths for photo in data.list_photos(path)]
-    if config.backbone == "scenes":
-        say("CLIP is the scenes toy here, trained on drawn pictures: what it says of photographs means nothing")
-    return photos
-
-
-def tag(config, photos, names, scored, folder):
-    """A JSON line a photo, strongest label first, as soon as its scores are there: on stdout, or at the end of --tags,
-    where photos whose line is there are left out. predictions.png in the folder shows the first 48. Under torchrun each
-    process tags every n-th block into a file of its own, which the first joins in the end.
-
-    scored: photos -> iterator over (indices of a block's readable photos, scores [b, C] in 0..1). Raises UsageError.
-    """
-    out, photos, stamp_of, _lock = open_tags(Path(config.tags), photos) if config.tags else (
-        sys.stdout, photos, lambda photo: {}, None)
-    threshold = -1 if config.top_k else config.threshold
-    if config.html and RANK == 0:  # a page that cannot be written is not found out after the work
-        pictures.page(config.html, [], 0, threshold)
-    mine = [index for index in range(len(photos)) if index // embed.PHOTOS % WORLD == RANK]
-    shown, own, count = [], open(folder / f".tags.{RANK}", "w", **ANY_NAME) if WORLD > 1 else out, 0  # noqa: SIM115
-    for rows, scores in scored([photos[index] for index in mine]) if mine else ():
-        found, orders = [photos[mine[row]] for row in rows], np.argsort(-scores, axis=1, kind="stable")
-        tags = [order[row[order] > threshold][:config.top_k] for order, row in zip(orders, scores, strict=True)]
-        if not count and found and RANK == 0:  # before the lines: head leaves early
-            say(f"contact sheet: {pictures.contact_sheet(found, names, scores, tags, folder / 'predictions.png')}"
-                + (f" (the first 48 of {len(photos)} photos)" if len(photos) > 48 else ""))
-        for row, photo, of_photo, order, chosen in zip(rows, found, scores, orders, tags, strict=True):
-            line = {"photo": str(photo), "labels": [names[label] for label in chosen],
-                    "scores": {names[label]: round(float(of_photo[label]), 4) for label in order[:config.top_k]
-                               if of_photo[label] >= config.score_floor}}
-            line = json.dumps(line | stamp_of(photo), ensure_ascii=False) + "\n"
-            own.write(f"{mine[row]} " * (WORLD > 1) + line)
-            shown += [line] * (len(shown) < pictures.PAGE)
-        own.flush()
-        count += len(found)
-    if WORLD > 1:
-        own.close()
-        dist.barrier()
-        shown = []
-        for part in [folder / f".tags.{rank}" for rank in range(WORLD)] * (RANK == 0):
-            with open(part, **ANY_NAME) as file:
-                shown += [line.split(" ", 1) for line in file]
-            part.unlink()
-        shown = [line for _, line in sorted(shown, key=lambda line: int(line[0]))]
-        out.writelines(shown)
-        count = len(shown)
-    elif photos and not count:
-        raise UsageError("no photo could be read; check the files named above")
-    if config.html and RANK == 0:
-        if config.tags:
-            out.flush()
-            with open(config.tags, **ANY_NAME) as file:  # the last line of a photo that was changed
-                shown = list({json.loads(line)["photo"]: line for line in file}.values())
-            count = len(shown)
-        say(f"page: {pictures.page(config.html, shown, count, threshold, config.top_k)}")
-
-
-ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files are bytes
-
-
-def open_tags(path, photos):
-    """--tags, without a torn last line -> (file to append to, photos without a line, what a line says besides, lock)"""
-    def read(path):
-        content = path.read_bytes()
-        with open(path, "r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-        lines = content[:content.rfind(b"\n") + 1].decode("utf-8", "surrogateescape").split("\n")[:-1]
-        return {line["photo"]: {"size": line["size"], "time": line["time"]} for line in map(json.loads, lines)}
-
-    def stamp_of(photo):
-        status = photo.stat()
-        return {"size": status.st_size, "time": status.st_mtime_ns}
-    lock = data.hold(path, f"--tags {path}") if RANK == 0 else None
-    done = data.read_stored(path, "tags", read, "give --tags another file")
-    left = [photo for photo in photos if done.get(str(photo)) != stamp_of(photo)]
-    say(f"{path}: {len(photos) - len(left):,} of {len(photos):,} photos have their lines")
-    if gone := [photo for photo in done if not Path(photo).exists()]:
-        say(f"{path}: {len(gone):,} photos are gone, their lines stay (first: {gone[0]})")
-    return open(path, "a", **ANY_NAME), left, stamp_of, lock
+    print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}")
+    print(f"{'zero-shot (cosine)':<34}{record['zero_shot_mAP']:8.2f}")
+    if record["linear_probe_mAP"] is not None:
+        print(f"{'linear probe of its training data':<34}{record['linear_probe_mAP']:8.2f}")
+    deviation = f" ±{record['mAP_std']:4.2f}" if len(record["runs"]) > 1 else " " * 6
+    at_half = [one["threshold_0.5"] for one in record["runs"]]
+    CF1 = np.mean([one["CF1"] for one in at_half])
+    OF1 = np.mean([one["OF1"] for one in at_half])
+    print(f"{row:<34}{record['mAP']:8.2f}{deviation}{CF1:8.1f}{OF1:8.1f}")
+    if all(label["trained"] for label in record["per_class"]):
+        return
+    for trained, words in ((True, "trained on"), (False, "never trained on")):
+        some = [one for one in record["per_class"] if one["trained"] == trained and one["positives"]]
+        own = np.mean([one["ap"] for one in some])
+        zero_shot = np.mean([one["zero_shot_ap"] for one in some])
+        print(f"  {len(some)} labels {words}: mAP {own:.2f}, zero-shot {zero_shot:.2f}")
 
 
 # --- exit codes -------------------------------------------------------------------------------------------------------
@@ -591,7 +579,8 @@ def exit_codes(script):
     # the focused loss makes gradients whose squares are below 1e-38; on a CPU such numbers make steps many times slower
     torch.set_flush_denormal(True)
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # photo names of any bytes, labels of any script
-    code, why = 2, None
+    code = 2
+    why = None
     try:
         yield sys.argv[1:]
         sys.stdout.flush()
@@ -599,20 +588,23 @@ def exit_codes(script):
     except UsageError as error:
         why = str(error)
     except Diverged as error:
-        code, why = 3, str(error)
+        code = 3
+        why = str(error)
     except KeyboardInterrupt:
-        code, why = 130, "interrupted; the same command goes on from the last saved epoch"
+        code = 130
+        why = "interrupted; the same command goes on from the last saved epoch"
     except BrokenPipeError:  # | head: nothing more is wanted
         code = 0
-    except OSError as error:  # a full disk or standard output, a folder without permission
+    except OSError as error:  # a full disk, a folder without permission
         why = f"{error.filename or 'standard output'}: {error.strerror or error}; free space, or choose another place"
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not out_of_memory:
             raise
-        why = "not enough memory; lower --batch-size, --limit or --resolution"
+        why = "not enough memory; lower --batch-size, --train-count or --resolution"
     if dist.is_initialized():
         dist.destroy_process_group()
     if why:
         say(f"{script}: {why}")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # what could not be written is not tried again
+    sys.stdout = None  # what could not be written is not tried again at exit
     sys.exit(code)
