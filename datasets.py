@@ -1,0 +1,558 @@
+"""The nine datasets as their owners publish them, and the places of things in their photos.
+
+    python datasets.py --check coco2014 --data-root D       counts beside the published ones, and what looks wrong
+
+A reader(root, split, policies...) -> LabelledPhotos reads one dataset; split is "train" or "test". READERS holds what
+else there is to know about it. A tenth set is one function and one entry there (docs/datasets.md).
+"""
+import argparse
+import os
+import sys
+from functools import lru_cache
+from os.path import exists, isfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+from scipy.io import loadmat
+
+import data
+import scenes
+from data import (
+    ASSETS,
+    LABEL_WORDS,
+    LabelledPhotos,
+    MissingFile,
+    UsageError,
+    drawn,
+    label_names,
+    list_photos,
+    no_labels,
+    open_photo,
+    read_json,
+    read_table,
+    read_text,
+    reading,
+    say,
+)
+
+# --- boxes ------------------------------------------------------------------------------------------------------------
+
+def voc_things(path):
+    """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height)), pixels; clear:
+    not difficult. Raises UsageError."""
+    with reading(path, "annotation", "unpack it again"):
+        root = ElementTree.parse(path)
+        found = []
+        for thing in root.iterfind("object"):
+            name = thing.findtext("name").strip()
+            name = LABEL_WORDS["voc2007"].get(name, name)
+            sides = [float(thing.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
+            clear = thing.findtext("difficult", "0").strip() != "1"
+            found.append((name, sides[0] - 1, sides[1] - 1, sides[2], sides[3], clear))  # VOC counts pixels from 1
+        return found, (int(root.findtext("size/width")), int(root.findtext("size/height")))
+
+
+@lru_cache(1)
+def coco_things(path):
+    """Instances of COCO's form -> {photo's file: as voc_things}; clear: no crowd. Raises UsageError."""
+    with reading(path, "annotations", "give COCO's instances, with all photos and categories"):
+        content = read_json(path, "annotations")
+        words = LABEL_WORDS["coco2014"]
+        names = {entry["id"]: words.get(entry["name"], entry["name"]) for entry in content["categories"]}
+        things_of = {entry["id"]: ([], (entry["width"], entry["height"])) for entry in content["images"]}
+        for entry in content["annotations"]:
+            left, top, width, height = entry["bbox"]
+            place = (left, top, left + width, top + height)
+            clear = not entry.get("iscrowd")
+            things_of[entry["image_id"]][0].append((names[entry["category_id"]], *place, clear))
+        return {entry["file_name"]: things_of[entry["id"]] for entry in content["images"]}
+
+
+def scene_of(photo):
+    """(split, index) of a picture of scenes, also of a file that `scenes.py draw` marked as its own; else None."""
+    if isinstance(photo, tuple):
+        return photo
+    if photo.suffix == ".png":
+        with Image.open(photo) as image:
+            split, _, index = image.info.get("scenes", "").partition(" ")
+        if split in scenes.SPLITS and index.isdecimal():
+            return split, int(index)
+    return None
+
+
+def boxes_of(photo, names):
+    """Where a photo's things are, if that is known: of scenes, and of files that lie as VOC's or COCO's do -> None, or
+    (float [K, 6]: column of the name, left, top, right, bottom, clear; (width, height) of the photo), pixels. clear: 1,
+    or 0 for VOC's difficult ones and COCO's crowds; for scenes the share that nothing covers. Raises UsageError."""
+    scene = scene_of(photo)
+    if scene:
+        found = scenes.boxes(*scene)
+        size = (scenes.SIZE, scenes.SIZE)
+    else:
+        root = photo.parent.parent
+        voc = root / f"Annotations/{photo.stem}.xml"
+        coco = root / f"annotations/instances_{photo.parent.name}.json"
+        if voc.is_file():
+            found, size = voc_things(voc)
+        elif coco.is_file():
+            found, size = coco_things(coco).get(photo.name, ([], (1, 1)))
+        else:
+            return None
+    rows = [(names.index(label), *place) for label, *place in found if label in names]
+    return np.array(rows, float).reshape(-1, 6), size
+
+
+def in_view(boxes, size):
+    """Boxes as CLIP sees them, the shorter side resized and a square cut from the middle -> (float [K', 6], those of
+    which at least half is seen, in shares of the square and cut at its edge; which these are: bool [K])"""
+    shorter = min(size)
+    margins = (np.array(size) - shorter) / 2
+    corners = (boxes[:, 1:5] - np.tile(margins, 2)) / shorter
+    seen = np.clip(corners, 0, 1)
+    kept = area(seen) >= area(corners) / 2
+    return np.column_stack([boxes[:, :1], seen, boxes[:, 5:]])[kept], kept
+
+
+def area(corners):
+    """float [K, 4]: left, top, right, bottom -> float [K]"""
+    return (corners[:, 2:] - corners[:, :2]).prod(1)
+
+
+# --- helpers of the readers -------------------------------------------------------------------------------------------
+
+def find_files(root, folders, *markers):
+    """The first of root/<folder>, and root itself, that holds one of the markers, files or folders
+    -> (that folder, path of the marker). Raises MissingFile, which names a place one level down that does."""
+    def look(root):
+        for folder in (*folders, "."):
+            for marker in markers:
+                path = root / folder / marker
+                if exists(path):
+                    return root / folder, path
+    root = Path(root)
+    found = look(root)
+    if found:
+        return found
+    hint = ""
+    deeper = sorted(filter(look, root.glob("*")))
+    if deeper:
+        hint = f", but it is in {deeper[0]}: pass --data-root {deeper[0]}"
+    raise MissingFile(f"no {' or '.join(markers[:2])} under {root}{hint}")
+
+
+def shared_out(count, seed, **shares):
+    """Rows 0 .. count-1, shuffled by the seed and cut at the shares (train=0.8, test=0.2) -> {part: sorted rows}"""
+    order = np.random.default_rng(seed).permutation(count)
+    ends = np.round(np.cumsum(list(shares.values())) * count).astype(int)
+    return {part: np.sort(rows) for part, rows in zip(shares, np.split(order, ends[:-1]), strict=True)}
+
+
+def parts_of(split, validation):
+    """The published parts that serve as a split; validation photos are trained on, or dropped."""
+    if split == "train" and validation == "train":
+        return ["train", "val"]
+    return [split]
+
+
+def treat_unlabelled(found, unlabelled):
+    """Photos without a label that is present are kept, or dropped."""
+    if unlabelled == "keep":
+        return found
+    return found.at(np.flatnonzero((found.labels == 1).any(1)))
+
+
+def pick_attributes(values, spelt, dataset):
+    """Columns of the owners' attributes, spelt as given, in the order of our labels. -> int8 [N, C], 1 where 1"""
+    spelt = list(spelt)
+    columns = [spelt.index(name) for name in LABEL_WORDS[dataset]]
+    return (values[:, columns] == 1).astype(np.int8)
+
+
+# --- the readers ------------------------------------------------------------------------------------------------------
+
+def voc2007(root, split, difficult="ignore"):
+    """PASCAL VOC2007; trainval for training. difficult: labels seen only on objects marked difficult become -1 (ignore,
+    the devkit's rule), 0 (negative: TaI-DPT, DualCoOp) or 1 (positive: TagCLIP)."""
+    doubtful = {"ignore": -1, "negative": 0, "positive": 1}[difficult]
+    part = "trainval" if split == "train" else "test"
+    base, lists = find_files(root, ("VOCdevkit/VOC2007", "VOC2007"), "ImageSets/Main")
+    ids = read_text(lists / f"{part}.txt", "image list").split()
+    names = label_names("voc2007")
+    labels = no_labels(ids, names)
+    for row, photo in enumerate(ids):
+        with reading(base / f"Annotations/{photo}.xml", "annotation", "unpack it again") as path:
+            for name, *_, clear in voc_things(path)[0]:
+                column = names.index(name)
+                if clear:
+                    labels[row, column] = 1
+                elif labels[row, column] == 0:
+                    labels[row, column] = doubtful
+    return LabelledPhotos([base / f"JPEGImages/{photo}.jpg" for photo in ids], labels, f"difficult={difficult}")
+
+
+def coco2014(root, split, unlabelled="keep"):
+    """MS-COCO's instances, 2014 or 2017 file names; train and val serve as train and test; a crowd counts as present.
+    unlabelled: photos without any label are kept (40,504 in val2014) or dropped (40,137)."""
+    part = "train" if split == "train" else "val"
+    markers = [f"annotations/instances_{part}{year}.json" for year in (2014, 2017)]
+    base, path = find_files(root, ("coco2014", "coco", "COCO", "coco2017"), *markers)
+    part = path.stem.removeprefix("instances_")  # the photos' folder
+    names = label_names("coco2014")
+    with reading(path, "annotations", "give COCO's instances, with all photos and categories"):
+        things_of = coco_things(path)
+        labels = no_labels(things_of, names)
+        for row, (things, _) in enumerate(things_of.values()):
+            for name, *_ in things:
+                labels[row, names.index(name)] = 1
+    policy = f"{part}, crowds count, unlabelled={unlabelled}"
+    found = LabelledPhotos([base / part / file for file in things_of], labels, policy)
+    return treat_unlabelled(found, unlabelled)
+
+
+def nuswide(root, split, unlabelled="keep"):
+    """NUS-WIDE, the owners' split. A value other than 0 and 1 (the published Labels_lake_Train.txt has one) is ignored.
+    unlabelled: photos without any label are kept (161,789 / 107,859) or dropped (125,449 / 83,898)."""
+    part = split.capitalize()
+    base, path = find_files(root, ("nuswide", "NUS-WIDE", "NUSWIDE", "nus_wide"), f"ImageList/{part}Imagelist.txt")
+    lines = read_text(path, "image list").replace("\\", "/").splitlines()
+    files = [line.strip() for line in lines if line.strip()]
+    _, folder = find_files(base, ("Groundtruth", "GroundTruth"), "TrainTestLabels")
+    labels = []
+    for concept in LABEL_WORDS["nuswide"]:
+        values = read_text(folder / f"Labels_{concept}_{part}.txt", "labels").split()
+        if len(values) != len(files):
+            raise UsageError(f"{concept}: {len(values):,} labels for {len(files):,} listed photos; fetch both again")
+        labels.append([{"0": 0, "1": 1}.get(value, -1) for value in values])
+    labels = np.array(labels, np.int8).T
+    _, photos = find_files(base, (), "Flickr", "images", "Images")
+    if not any(isfile(photos / file) for file in files[:100]):  # a mirror without the folders of the list?
+        files = [Path(file).name for file in files]
+    policy = f"unlabelled={unlabelled}, {(labels == -1).sum()} odd values ignored"
+    found = LabelledPhotos([photos / file for file in files], labels, policy)
+    return treat_unlabelled(found, unlabelled)
+
+
+def pa100k(root, split, validation="train"):
+    """PA-100K, 26 attributes. validation: the 10,000 validation photos are trained on or dropped."""
+    base, path = find_files(root, ("pa100k", "PA100k", "PA-100K", "PA100K"), "annotation.mat")
+    _, folder = find_files(base, (), "release_data/release_data", "release_data", "data")
+    parts = parts_of(split, validation)
+    with reading(path, "labels", "fetch it again"):
+        content = loadmat(path, simplify_cells=True)
+        values = np.concatenate([content[f"{part}_label"] for part in parts])
+        labels = pick_attributes(values, content["attributes"], "pa100k")
+        photos = [folder / file for part in parts for file in content[f"{part}_images_name"]]
+    return LabelledPhotos(photos, labels, f"validation={validation}")
+
+
+def rapv1(root, split, partition="0"):
+    """RAP 1, 51 of its 92 attributes. partition: which of the owners' five."""
+    markers = ("RAP_annotation.mat", "RAP_annotation/RAP_annotation.mat")
+    base, path = find_files(root, ("rapv1", "RAP", "rap", "RAPv1"), *markers)
+    with reading(path, "labels", "fetch it again"):
+        content = loadmat(path, simplify_cells=True)["RAP_annotation"]
+        rows = content["partion"][int(partition)][f"{split}_index"] - 1
+        labels = pick_attributes(content["label"][rows], content["attribute_eng"], "rapv1")
+        photos = [base / "RAP_dataset" / file for file in content["imagesname"][rows]]
+    return LabelledPhotos(photos, labels, f"partition={partition}")
+
+
+def peta(root, split, partition="0", validation="train"):
+    """PETA, 35 of its 105 attributes; value 2 means absent. partition: which of the owners' five. validation: the
+    validation photos are trained on or dropped."""
+    base, path = find_files(root, ("peta", "PETA"), "PETA.mat")
+    with reading(path, "labels", "fetch it again"):
+        content = loadmat(path, simplify_cells=True)["peta"]
+        rows_of = content["partion_attribute"][int(partition)]
+        numbers = np.concatenate([rows_of[part] for part in parts_of(split, validation)])  # from 1
+        values = content["data"][numbers - 1, 4:]  # four other columns go before
+        labels = pick_attributes(values, content["attribute"], "peta")
+    photos = [base / f"images/{number:05d}.png" for number in numbers]
+    return LabelledPhotos(photos, labels, f"partition={partition}, validation={validation}")
+
+
+def multiscene(root, split):
+    """MultiScene, the clean part. The form of its label file could not be established: a CSV a split, by its header."""
+    base, path = find_files(root, ("multiscene", "MultiScene-Clean", "MultiScene"), f"{split}.csv")
+    table = read_table(path, "multiscene")
+    photos = [base / "images" / (file if Path(file).suffix else f"{file}.jpg") for file in table.files]
+    return LabelledPhotos(photos, table.labels, "clean part")
+
+
+def mlrsnet(root, split, validation="train", split_seed=0):
+    """MLRSNet. Each category's CSV is read by its own header, for the order of their columns differs. split_seed: draws
+    40 / 10 / 50 % of every category (the owners' lists were not found). validation: the 10 % are trained on or dropped.
+    """
+    base, folder = find_files(root, ("mlrsnet", "MLRSNet"), "Labels", "labels")
+    tables = {path.stem: read_table(path, "mlrsnet") for path in sorted(folder.glob("*.csv"))}
+    photos = []
+    labels = []
+    count = 0
+    for category, table in tables.items():
+        rows_of = shared_out(len(table.files), split_seed, train=0.4, val=0.1, test=0.5)
+        for row in np.concatenate([rows_of[part] for part in parts_of(split, validation)]):
+            photos.append(base / "Images" / category / table.files[row])
+            labels.append(table.labels[row])
+        count += len(table.files)
+    doubts = []
+    for path in sorted((base / "Images").glob("*")):
+        if path.is_dir() and path.name not in tables:
+            doubts.append(f"no CSV for the photos of {path.name}: left out")
+    if count != 109161:
+        doubts.append(f"{len(tables)} categories with {count:,} photos, 46 with 109,161 published")
+    policy = f"{len(tables)} categories, 40/10/50 % of each by seed {split_seed}, validation={validation}"
+    return LabelledPhotos(photos, np.array(labels), policy, doubts)
+
+
+def ucm(root, split, split_seed=0):
+    """UC Merced. split_seed: draws 80 / 20 % (no split is published)."""
+    base, path = find_files(root, ("ucm", "UCMerced_LandUse", "UCM"), "LandUse_Multilabeled.txt",
+                            "multilabels/LandUse_Multilabeled.txt", "LandUse_Multilabeled.csv")
+    _, images = find_files(base, ("UCMerced_LandUse",), "Images")
+    table = read_table(path, "ucm")
+    stems = [Path(file).stem for file in table.files]
+    photos = [images / stem.rstrip("0123456789") / f"{stem}.tif" for stem in stems]
+    found = LabelledPhotos(photos, table.labels, f"80/20 by seed {split_seed}")
+    return found.at(shared_out(len(photos), split_seed, train=0.8, test=0.2)[split])
+
+
+def folder(root, split, split_seed=0):
+    """Your own photos and labels. split_seed: draws 80 / 20 % where labels.csv has no column "split"."""
+    base, path = find_files(root, (), *data.FOLDER_FILES)
+    table = read_table(path)
+    if table.splits:
+        policy = "split by its own column"
+        rows = [row for row, part in enumerate(table.splits) if part == split]
+        odd = set(table.splits) - {"train", "test"}
+        if odd:
+            raise UsageError(f"{path}: the column split must say train or test, not '{min(odd)}'")
+    else:
+        policy = f"80/20 by seed {split_seed}"
+        rows = shared_out(len(table.files), split_seed, train=0.8, test=0.2)[split]
+    if not len(rows):
+        raise UsageError(f"{base}: no photo is in the {split} part; add photos, or a column split to labels.csv")
+    found = LabelledPhotos([base / file for file in table.files], table.labels, policy, names=table.names)
+    return found.at(rows)
+
+
+VALIDATION = {"validation": ("train", "drop")}
+UNLABELLED = {"unlabelled": ("keep", "drop")}
+PARTITION = {"partition": ("0", "1", "2", "3", "4")}
+SPLIT_SEED = {"split_seed": int}
+
+# files: the tree that is looked for under --data-root; source: who publishes it, <root> stands for --data-root;
+# policies: {keyword argument of the reader: its values, the first is the default, or int for a whole number}
+READERS = {
+    "voc2007": {
+        "reader": voc2007,
+        "files": "VOCdevkit/VOC2007/{JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{trainval,test}.txt}",
+        "source": "python -c \"import embed; embed.download_voc2007('<root>')\" fetches it (870 MB, checked); or "
+                  "unpack in <root> VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of "
+                  "http://host.robots.ox.ac.uk/pascal/VOC/voc2007/",
+        "policies": {"difficult": ("ignore", "negative", "positive")}},
+    "coco2014": {
+        "reader": coco2014,
+        "files": "coco2014/{annotations/instances_{train,val}2014.json, train2014/*.jpg, val2014/*.jpg} "
+                 "(or the same with 2017)",
+        "source": "unpack train2014, val2014, annotations_trainval2014 of https://cocodataset.org/#download in "
+                  "<root>/coco2014",
+        "policies": UNLABELLED},
+    "nuswide": {
+        "reader": nuswide,
+        "files": "nuswide/{ImageList/*Imagelist.txt, TrainTestLabels/Labels_<concept>_{Train,Test}.txt, "
+                 "Flickr/<folder>/*.jpg}",
+        "source": "unpack ImageList.zip and Groundtruth.zip in <root>/nuswide and put the photos, to be asked for, "
+                  "into Flickr; https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html",
+        "policies": UNLABELLED},
+    "pa100k": {
+        "reader": pa100k,
+        "files": "pa100k/{annotation.mat, release_data/*.jpg}",
+        "source": "fetch both from https://github.com/xh-liu/HydraPlus-Net and unpack them in <root>/pa100k",
+        "policies": VALIDATION},
+    "rapv1": {
+        "reader": rapv1,
+        "files": "rapv1/{RAP_annotation.mat, RAP_dataset/*.png}",
+        "source": "ask its owners, https://www.rapdataset.com, for RAP_annotation and RAP_dataset; unpack both in "
+                  "<root>/rapv1",
+        "policies": PARTITION},
+    "peta": {
+        "reader": peta,
+        "files": "peta/{PETA.mat, images/00001.png ... 19000.png}",
+        "source": "PETA-New.zip, linked by https://github.com/dangweili/pedestrian-attribute-recognition-pytorch (the "
+                  "owners' own photos, http://mmlab.ie.cuhk.edu.hk/projects/PETA.html, are not numbered like that); "
+                  "unpack it in <root>/peta",
+        "policies": PARTITION | VALIDATION},
+    "multiscene": {
+        "reader": multiscene,
+        "files": "multiscene/{train.csv, test.csv, images/*} (each CSV: a column of file names, then 36 of 0 and 1 a "
+                 "label)",
+        "source": "MultiScene-Clean, https://multiscene.github.io; put its photos in images and write both CSV, headed "
+                  "by the labels as assets/labels/names.json spells them",
+        "policies": {}},
+    "mlrsnet": {
+        "reader": mlrsnet,
+        "files": "mlrsnet/{Images/<category>/*.jpg, Labels/<category>.csv}",
+        "source": "https://data.mendeley.com/datasets/7j9bv9vwsx/3; unpack all 46 categories, a folder and a CSV each",
+        "policies": VALIDATION | SPLIT_SEED},
+    "ucm": {
+        "reader": ucm,
+        "files": "ucm/{LandUse_Multilabeled.txt, Images/<category>/*.tif}",
+        "source": "unpack UCMerced_LandUse.zip of http://weegee.vision.ucmerced.edu/datasets/landuse.html and "
+                  "multilabels.zip of https://bigearth.eu/datasets.html in <root>/ucm (their own folders are "
+                  "found too)",
+        "policies": SPLIT_SEED},
+    "folder": {
+        "reader": folder,
+        "files": "{labels.csv or labels.json, photos}",
+        "source": "labels.csv: a column of file names, then one of 0 and 1 a label, headed by the label, and perhaps a "
+                  "column \"split\" of train and test; labels.json: {\"photo.jpg\": [\"dog\", \"cat\"], ...}; "
+                  "\"folder/photo.jpg\" in a folder",
+        "policies": SPLIT_SEED},
+}
+
+
+def policies_of(dataset):
+    """What --policy takes for a dataset, "NAME=VALUE" each; N stands for a whole number. -> list of str"""
+    if dataset == "scenes":
+        return []
+    words = []
+    for name, values in READERS[dataset]["policies"].items():
+        if values is int:
+            values = ["N"]
+        words += [f"{name}={value}" for value in values]
+    return words
+
+
+def parse_policy(dataset, words):
+    """Words "NAME=VALUE" -> keyword arguments of the dataset's reader. Raises UsageError for what it does not take."""
+    known = policies_of(dataset)
+    policies = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        is_number = f"{name}=N" in known
+        if not (value.isdecimal() if is_number else word in known):
+            raise UsageError(f"--policy {word}: {dataset} takes {', '.join(known) or 'none'}")
+        policies[name] = int(value) if is_number else value
+    return policies
+
+
+def read(dataset, root, split, policies):
+    """All photos of a dataset that exist -> LabelledPhotos; policies: keyword arguments of its reader. Raises
+    UsageError; for missing files it says what was expected, and who publishes it."""
+    entry = READERS[dataset]
+    try:
+        found = entry["reader"](root, split, **policies)
+        there = np.array([isfile(photo) for photo in found.photos], bool)
+        if not there.any():
+            raise MissingFile(f"none of its {len(there):,} photos is there (first: {[*found.photos, '-'][0]})")
+    except MissingFile as error:
+        source = entry["source"].replace("<root>", str(root))
+        raise UsageError(f"{dataset}: {error}; expected {Path(root)}/{entry['files']}; {source}") from None
+    except UsageError as error:
+        raise UsageError(f"{dataset}: {error}") from None
+    gone = np.flatnonzero(~there)
+    if len(gone):
+        first = found.photos[gone[0]]
+        found.doubts.append(f"{len(gone):,} of {len(there):,} photos missing, left out (first: {first})")
+    found.policy = "; ".join([found.policy, *found.doubts])
+    if not found.names:
+        found.names = label_names(dataset)
+    return found.at(np.flatnonzero(there))
+
+
+def load_photos(dataset, root, split, count, policy):
+    """data.load_photos"""
+    policies = parse_policy(dataset, policy)
+    if dataset == "scenes":
+        total = {"train": 20000, "test": 2000}[split]
+        photos = [(split, index) for index in drawn(total, count).tolist()]
+        labels = np.array([scenes.labels_of(*photo) for photo in photos], np.int8)
+        return LabelledPhotos(photos, labels, "all things drawn are labelled, hidden ones too", [], scenes.NAMES)
+    found = read(dataset, root, split, policies)
+    for doubt in found.doubts:
+        say(f"{dataset}: {doubt}")
+    return found.at(drawn(len(found.photos), count))
+
+
+# --- python datasets.py --check ---------------------------------------------------------------------------------------
+
+# {dataset, perhaps with a policy or its test photos' folder: [photos for training, for test], as the owners count them}
+PUBLISHED = read_json(ASSETS / "labels" / "published.json", "published counts")
+
+
+def published_counts(variants):
+    """[photos for training, photos for test] of the first variant that is known; None where not stated."""
+    for variant in variants:
+        if variant in PUBLISHED:
+            return PUBLISHED[variant]
+    return None, None
+
+
+def look_over(split, found, expected):
+    """Print counts of one part beside the published one -> list of what looks wrong."""
+    count = len(found.photos)
+    present = found.labels == 1
+    stated = "not stated" if expected is None else f"{expected:,}"
+    print(f"{split:<6}{count:>9,} photos (published: {stated}), {present.sum():,} positives, "
+          f"{(found.labels == -1).sum():,} ignored, {(~present.any(1)).sum():,} photos without a label; {found.policy}")
+    wrong = list(found.doubts)
+    if expected not in (None, count):
+        wrong.append(f"{count:,} photos, {expected:,} published")
+    unseen = [name for name, seen in zip(found.names, present.any(0), strict=True) if not seen]
+    if unseen:
+        wrong.append(f"no photo with {', '.join(unseen[:10])}")
+    for row in np.random.default_rng(0).permutation(count)[:20]:
+        try:
+            open_photo(found.photos[row])
+        except Exception as error:  # Pillow raises many kinds
+            wrong.append(f"{found.photos[row]} cannot be read ({error})")
+    return [f"{split}: {line}" for line in wrong]
+
+
+def check(dataset, root, policy=()):
+    """Print counts of a dataset beside the published ones -> list of what is wrong. Raises UsageError: no data."""
+    train = load_photos(dataset, root, "train", None, policy)
+    test = load_photos(dataset, root, "test", None, policy)
+    variants = [f"{dataset} {word}" for word in (test.photos[0].parent.name, *policy)]
+    expected = published_counts([*variants, dataset])
+    wrong = look_over("train", train, expected[0]) + look_over("test", test, expected[1])
+    both = set(train.photos) & set(test.photos)
+    if both:
+        wrong.append(f"{len(both):,} photos are in both parts (first: {min(both)})")
+    if dataset == "folder":
+        spare = set(list_photos(root)) - {*train.photos, *test.photos}
+        if spare:
+            wrong.append(f"{len(spare):,} photos of the folder without labels (first: {min(spare)})")
+    print(f"\n{f'{len(train.names)} labels, positives':<42}{'train':>9}{'test':>9}")
+    counts = [(found.labels == 1).sum(0) for found in (train, test)]
+    for row in zip(train.names, *counts, strict=True):
+        print("{:<42.40}{:>9,}{:>9,}".format(*row))
+    return wrong
+
+
+def main(words=None):
+    """The command line -> exit code, 2 if something is missing or looks wrong."""
+    known = "; ".join(f"{dataset}: {', '.join(policies_of(dataset)) or 'none'}" for dataset in READERS)
+    parser = argparse.ArgumentParser(description="Counts of a dataset, and what is wrong.", epilog=f"policies: {known}")
+    parser.add_argument("--check", required=True, choices=READERS, help="the dataset")
+    parser.add_argument("--data-root", default="data", metavar="D", help="folder of datasets (default: %(default)s)")
+    parser.add_argument("--policy", nargs="+", default=[], metavar="NAME=VALUE", help="how doubtful labels are treated")
+    options = parser.parse_args(words)
+    try:
+        wrong = check(options.check, options.data_root, options.policy)
+    except UsageError as error:
+        say(f"datasets.py: {error}")
+        return 2
+    for line in wrong:
+        say(f"wrong? {line}")
+    print(f"\nto look at, named above: {len(wrong)}" if wrong else "\nnothing wrong was found", flush=True)
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # head has seen enough
+        os._exit(0)
