@@ -52,13 +52,13 @@ def test_f1(top_k, CP, CR, OP, OR):
 
 
 def test_attribute_metrics():
-    """Attributes: TPR 1/2, TNR 1; 0, 0; 1, 1/2; the last two lack positives or negatives.  mA = (3/4 + 0 + 3/4) / 3
+    """Attributes: TPR 1/2, TNR 1; 0, 0; 1, 0; the last two lack positives or negatives.  mA = (3/4 + 0 + 1/2) / 3
     Images: predicted {0, 1}, {2}, {}, {2, 4} of {0}, {1, 2}, {}, {0, 1, 4}; 0.5 is not above 0.5, and -1 is no claim.
     Accuracy (1/2 + 1/2 + 0 + 1/4) / 4, precision (1/2 + 1 + 0 + 1/2) / 4 = 1/2, recall (1 + 1/2 + 0 + 1/3) / 4 = 11/24,
     F1 = 2 * 1/2 * 11/24 / (1/2 + 11/24) = 11/23"""
     scores = table("0.9 0.9 0.9 0 0; 0.1 0.5 0.9 0 0; 0.1 0.1 0.1 0 0; 0.1 0.1 0.9 0 0.9")
-    labels = table("1 0 -1 0 -1; 0 1 1 0 -1; 0 -1 0 0 -1; 1 1 0 -1 1")
-    expected = {"mA": 50, "accuracy": 31.25, "precision": 50, "recall": 1100 / 24, "F1": 1100 / 23}
+    labels = table("1 0 -1 0 -1; 0 1 1 0 -1; 0 -1 -1 0 -1; 1 1 0 -1 1")
+    expected = {"mA": 500 / 12, "accuracy": 31.25, "precision": 50, "recall": 1100 / 24, "F1": 1100 / 23}
     with pytest.warns(UserWarning):
         assert metrics.attribute_metrics(scores, labels) == pytest.approx(expected)
 
