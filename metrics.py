@@ -20,20 +20,45 @@ import numpy as np
 BLOCK = 2 ** 22  # entries of scores sorted at once, so that memory stays bounded when N x C is large
 
 
-def _check(scores, labels, thresholded=False):
-    scores, labels = np.asarray(scores), np.asarray(labels)
+def _checked(scores, labels):
+    scores = np.asarray(scores)
+    labels = np.asarray(labels)
     if scores.ndim != 2 or scores.shape != labels.shape:
         raise ValueError(f"scores and labels must both be [N, C]; got {scores.shape} and {labels.shape}")
-    if scores.size and not (np.isfinite(scores.min()) and np.isfinite(scores.max())):  # no copy of a large array
-        raise ValueError(f"scores hold {int((~np.isfinite(scores)).sum())} values that are not finite")
-    in_range = not labels.size or labels.min() >= -1 and labels.max() <= 1
-    if not in_range or labels.dtype.kind == "f" and (labels != np.round(labels)).any():
+    if not scores.size:
+        return scores, labels
+    if not (np.isfinite(scores.min()) and np.isfinite(scores.max())):  # no copy of a large array
+        raise ValueError(f"scores hold {(~np.isfinite(scores)).sum()} values that are not finite")
+    fractional = labels.dtype.kind == "f" and (labels != np.round(labels)).any()
+    if fractional or labels.min() < -1 or labels.max() > 1:
         raise ValueError("labels must be 1 (present), 0 (absent) or -1 (ignored)")
-    if thresholded and scores.size and not 0 <= scores.min() <= scores.max() <= 1:
-        raise ValueError("scores that are thresholded must be probabilities, 0 to 1; take the sigmoid of logits")
-    if labels.size and labels.min() == -1 and (labels.min(0) == -1)[~(labels == 0).any(0) & (labels.max(0) == 1)].any():
-        warnings.warn("a class has labels 1 and -1 but no 0: here -1 is ignored and 0 absent", stacklevel=3)
+    if labels.min() == -1:
+        lowest = labels.min(0)
+        highest = labels.max(0)
+        has_zero = (labels == 0).any(0)
+        if ((lowest == -1) & (highest == 1) & ~has_zero).any():
+            warnings.warn("a class has labels 1 and -1 but no 0: here -1 is ignored and 0 absent", stacklevel=3)
     return scores, labels
+
+
+def _predicted(scores, threshold, top_k=None):
+    if top_k is not None:
+        return _strongest(scores, top_k)
+    if scores.size and not 0 <= scores.min() <= scores.max() <= 1:
+        raise ValueError("scores that are thresholded must be probabilities, 0 to 1; take the sigmoid of logits")
+    return scores > threshold
+
+
+def _strongest(scores, top_k):
+    """bool [N, C]: the top_k highest scores of each image; of equal scores the lower label index first"""
+    classes = scores.shape[1]
+    if not 1 <= top_k <= classes:
+        raise ValueError(f"top_k must lie in 1..{classes}, got {top_k}")
+    signed = scores.astype(np.result_type(scores, np.float32))  # the minus of an unsigned number wraps around
+    order = np.argsort(-signed, axis=1, kind="stable")
+    predicted = np.zeros(scores.shape, bool)
+    np.put_along_axis(predicted, order[:, :top_k], True, axis=1)
+    return predicted
 
 
 def average_precision(scores, labels, interpolated=False):
@@ -44,44 +69,60 @@ def average_precision(scores, labels, interpolated=False):
     devkit). Returns float64 [C], fractions; nan where a class has no positive. Raises ValueError on other shapes or
     values, and on scores that are not finite.
 
-    AP = 1/P sum over positives i of  #(positives >= s_i) / #(all >= s_i). A block of classes is sorted at once (values
-    only, which is what takes the time); then each class's few positives are found in it by bisection.
+    AP = 1/P sum over positives i of  #(positives >= s_i) / #(all >= s_i).
     """
-    scores, labels = _check(scores, labels)
+    scores, labels = _checked(scores, labels)
     count, classes = scores.shape
     result = np.full(classes, np.nan)
     width = max(1, BLOCK // max(1, count))
     for start in range(0, classes, width):
-        # one row a class, so that sorting and bisecting run along memory; ignored entries sort in front of everything
+        # one row a class, so that sorting runs along memory
         block = np.ascontiguousarray(scores[:, start:start + width].T)
         marks = np.ascontiguousarray(labels[:, start:start + width].T)
-        ranked = block
-        if (marks < 0).any():
-            ranked = np.where(marks < 0, -np.inf, block.astype(np.float64))
-        ranked = np.sort(ranked, axis=1)
-        for offset in range(len(block)):
-            positives = np.sort(block[offset][marks[offset] == 1])
-            if not len(positives):
-                continue
-            all_above = count - np.searchsorted(ranked[offset], positives, side="left")
-            positives_above = len(positives) - np.searchsorted(positives, positives, side="left")
-            precision = positives_above / all_above
-            if interpolated:
-                # positives ascend in score: the best precision at this recall or more
-                precision = np.maximum.accumulate(precision)
-            result[start + offset] = precision.mean()
+        for row in range(len(block)):
+            result[start + row] = _average_precision_of_class(block[row], marks[row], interpolated)
     return result
+
+
+def _average_precision_of_class(scores, labels, interpolated):
+    """scores, labels: [N]. Only values are sorted, and the positives' ranks are found among them by bisection."""
+    positives = np.sort(scores[labels == 1])
+    if not len(positives):
+        return np.nan
+    known = np.sort(scores[labels >= 0])
+    positives_above = len(positives) - np.searchsorted(positives, positives)  # [P], the positive itself included
+    all_above = len(known) - np.searchsorted(known, positives)
+    precision = positives_above / all_above
+    if interpolated:
+        precision = np.maximum.accumulate(precision)  # positives ascend in score: the best at this recall or more
+    return precision.mean()
 
 
 def mean_average_precision(scores, labels, interpolated=False):
     """Unweighted mean of average_precision over the classes that have a positive. Percent; nan if none has."""
     values = average_precision(scores, labels, interpolated)
-    values = values[~np.isnan(values)]
-    return float(100 * values.mean()) if len(values) else float("nan")
+    return 100 * _mean(values[~np.isnan(values)])
+
+
+def _mean(values):
+    if not len(values):
+        return float("nan")
+    return float(values.mean())
+
+
+def _ratio(part, whole):
+    """part / whole, counts of any shape; 0 where the whole is 0"""
+    return part / np.maximum(whole, 1)
 
 
 def _f1(precision, recall):
-    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+    if precision + recall > 0:
+        return 2 * precision * recall / (precision + recall)
+    return 0.0
+
+
+def _percent(**fractions):
+    return {name: 100 * float(value) for name, value in fractions.items()}
 
 
 def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
@@ -94,26 +135,19 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     F1 of scikit-learn or torchmetrics (a mean of F1s). OP, OR, OF1: of the sums. Raises ValueError on bad shapes or
     values, or top_k outside 1..C.
     """
-    scores, labels = _check(scores, labels, thresholded=top_k is None)
-    classes = scores.shape[1]
-    if top_k is None:
-        predicted = scores > threshold
-    else:
-        if not 1 <= top_k <= classes:
-            raise ValueError(f"top_k must lie in 1..{classes}, got {top_k}")
-        order = scores.astype(np.result_type(scores, np.float32))  # the minus of an unsigned number wraps around
-        predicted = np.zeros(scores.shape, bool)
-        np.put_along_axis(predicted, np.argsort(-order, axis=1, kind="stable")[:, :top_k], True, axis=1)
-    hit = (predicted & (labels == 1)).sum(0).astype(np.float64)
-    claimed = (predicted & (labels >= 0)).sum(0).astype(np.float64)
-    present = (labels == 1).sum(0).astype(np.float64)
+    scores, labels = _checked(scores, labels)
+    predicted = _predicted(scores, threshold, top_k)
+    hit = (predicted & (labels == 1)).sum(0)  # [C], as the next three
+    claimed = (predicted & (labels >= 0)).sum(0)
+    present = (labels == 1).sum(0)
     known = (labels >= 0).any(0)
-    CP, CR = (float((hit / np.maximum(counts, 1))[known].mean()) if known.any() else float("nan")
-              for counts in (claimed, present))
-    OP = float(hit.sum() / claimed.sum()) if claimed.sum() else 0.0
-    OR = float(hit.sum() / present.sum()) if present.sum() else float("nan")
-    values = {"CP": CP, "CR": CR, "CF1": _f1(CP, CR), "OP": OP, "OR": OR, "OF1": _f1(OP, OR)}
-    return {name: 100 * value for name, value in values.items()}
+    CP = _mean(_ratio(hit, claimed)[known])
+    CR = _mean(_ratio(hit, present)[known])
+    OP = _ratio(hit.sum(), claimed.sum())
+    OR = np.nan
+    if present.any():
+        OR = hit.sum() / present.sum()
+    return _percent(CP=CP, CR=CR, CF1=_f1(CP, CR), OP=OP, OR=OR, OF1=_f1(OP, OR))
 
 
 def attribute_metrics(scores, labels, threshold=0.5):
@@ -124,19 +158,23 @@ def attribute_metrics(scores, labels, threshold=0.5):
     |G and P| / |G or P|, / |P|, / |G| (0 where the divisor is 0); F1 is the harmonic mean of the averaged precision and
     recall. Ignored entries count nowhere. Raises ValueError as the others.
     """
-    scores, labels = _check(scores, labels, thresholded=True)
-    present, absent = labels == 1, labels == 0
-    predicted = scores > threshold
-    positives, negatives = present.sum(0), absent.sum(0)
-    defined = (positives > 0) & (negatives > 0)
-    true_positive_rate = (predicted & present).sum(0) / np.maximum(positives, 1)
-    true_negative_rate = (~predicted & absent).sum(0) / np.maximum(negatives, 1)
-    mA = float((true_positive_rate + true_negative_rate)[defined].mean() / 2) if defined.any() else float("nan")
+    scores, labels = _checked(scores, labels)
+    present = labels == 1
+    absent = labels == 0
+    predicted = _predicted(scores, threshold) & (labels >= 0)
+    hit = predicted & present
 
-    predicted = predicted & (labels >= 0)
-    both, either = (predicted & present).sum(1), (predicted | present).sum(1)
-    accuracy = float((both / np.maximum(either, 1)).mean())
-    precision = float((both / np.maximum(predicted.sum(1), 1)).mean())
-    recall = float((both / np.maximum(present.sum(1), 1)).mean())
-    values = {"mA": mA, "accuracy": accuracy, "precision": precision, "recall": recall, "F1": _f1(precision, recall)}
-    return {name: 100 * value for name, value in values.items()}
+    # mA, over attributes
+    positives = present.sum(0)
+    negatives = absent.sum(0)
+    true_positive_rate = _ratio(hit.sum(0), positives)
+    true_negative_rate = _ratio((absent & ~predicted).sum(0), negatives)
+    balanced = (true_positive_rate + true_negative_rate) / 2
+    mA = _mean(balanced[(positives > 0) & (negatives > 0)])
+
+    # the others, over images
+    hits = hit.sum(1)
+    accuracy = _mean(_ratio(hits, (predicted | present).sum(1)))
+    precision = _mean(_ratio(hits, predicted.sum(1)))
+    recall = _mean(_ratio(hits, present.sum(1)))
+    return _percent(mA=mA, accuracy=accuracy, precision=precision, recall=recall, F1=_f1(precision, recall))

@@ -20,10 +20,20 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 
 TILE = 224  # pixels, width and height of the photo and of each map on the sheet of explanation
+SQUARE = (TILE, TILE)
+SIDE = 260  # pixels, the longer side of a photo on the contact sheet
+BAR = 22    # pixels, from one bar to the next
+LINE = 20   # pixels, from one line of text to the next
 GAP = 12    # pixels between the parts of a sheet
+SHEET = 48   # photos that a contact sheet shows at most
 PAGE = 2000  # photos that a page shows at most
-BACKGROUND, WHITE, BRIGHT, DIM = (24, 26, 30), (255, 255, 255), (230, 230, 230), (150, 154, 162)
-HEAT = np.array([255, 150, 30], np.float32)
+DIM = "#969aa2"  # text that may be overlooked
+ORANGE = np.float32([255, 150, 30])
+
+
+def _new_sheet(columns, rows, width, height):
+    size = (GAP + columns * width, GAP + rows * height)
+    return Image.new("RGB", size, "#181a1e")
 
 
 def _write(sheet, path):
@@ -33,47 +43,50 @@ def _write(sheet, path):
     return Path(path)
 
 
-def _text(canvas, x, y, text, size, fill):
+def _write_text(sheet, x, y, text, fill="#e6e6e6", size=15):
     """Pillow's own font knows ASCII alone. The rest is written in DejaVu, where matplotlib brings it, or as codes."""
     font = ImageFont.load_default(size)
     if not text.isascii():
-        if found := find_spec("matplotlib"):
-            font = ImageFont.truetype(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", size - 1)
-        lacking = bytes(font.getmask("\U0010fffd"))
-        text = "".join(ascii(letter)[1:-1] if bytes(font.getmask(letter)) == lacking else letter for letter in text)
-    canvas.text((x, y), text, font=font, fill=fill)
+        if matplotlib := find_spec("matplotlib"):
+            font = ImageFont.truetype(Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", size - 1)
+        unknown = bytes(font.getmask("\U0010fffd"))
+        for letter in set(text):
+            if bytes(font.getmask(letter)) == unknown:
+                text = text.replace(letter, ascii(letter)[1:-1])
+    ImageDraw.Draw(sheet).text((x, y), text, fill, font)
 
 
-def contact_sheet(photos, names, scores, tags, path, per_row=4, limit=48):
+def contact_sheet(photos, names, scores, tags, path):
     """One PNG of the photos with their four strongest labels as bars below each; chosen tags are bright, the rest grey.
 
-    photos: paths or scenes' (split, index), of which at most `limit` are drawn; names: C; scores: [N, C] in 0..1;
-    tags: for each photo the label indices chosen. -> Path. Raises UsageError if it cannot be written.
+    photos: paths, of which at most SHEET are drawn; names: C; scores: [N, C] in 0..1; tags: for each photo the label
+    indices chosen. -> Path. Raises UsageError if it cannot be written.
     """
-    photos, bars = photos[:limit], min(4, len(names))
-    side, title_height, bar_height = 260, 20, 22  # pixels
-    columns, rows = min(per_row, len(photos)), math.ceil(len(photos) / per_row)
-    width, height = side + GAP, side + title_height + bars * bar_height + GAP
-    sheet = Image.new("RGB", (GAP + columns * width, GAP + rows * height), BACKGROUND)
-    canvas = ImageDraw.Draw(sheet)
+    photos = photos[:SHEET]
+    width = SIDE + GAP
+    height = SIDE + LINE + min(4, len(names)) * BAR + GAP
+    sheet = _new_sheet(min(4, len(photos)), math.ceil(len(photos) / 4), width, height)
     for number, photo in enumerate(photos):
-        x, y = GAP + number % per_row * width, GAP + number // per_row * height
+        x = GAP + number % 4 * width
+        y = GAP + number // 4 * height
         image = data.open_photo(photo)
-        shrunk = [max(1, round(length * side / max(image.size))) for length in image.size]
-        image = image.resize(shrunk, Image.Resampling.BICUBIC)
-        sheet.paste(image, (x + (side - image.width) // 2, y + (side - image.height) // 2))
-        title = photo.name[-44:] if isinstance(photo, Path) else " ".join(map(str, photo))
-        _text(canvas, x, y + side + 3, title, 11, (120, 124, 132))
-        y += side + title_height
-        for label in np.argsort(-scores[number], kind="stable")[:bars]:
-            score, chosen = float(scores[number, label]), int(label) in tags[number]
-            ink, bar_colour = (WHITE, (38, 118, 92)) if chosen else ((165, 168, 175), (70, 74, 82))
-            top, bottom = y + 2, y + bar_height - 4
-            canvas.rectangle([x, top, x + side - 1, bottom], fill=(42, 45, 52))
-            canvas.rectangle([x, top, x + max(1, round(score * (side - 1))), bottom], fill=bar_colour)
-            _text(canvas, x + 6, y + 1, names[label][:26], 15, ink)
-            _text(canvas, x + side - 40, y + 1, f"{100 * score:.0f} %", 15, ink)
-            y += bar_height
+        image = image.resize([max(1, round(length * SIDE / max(image.size))) for length in image.size])
+        sheet.paste(image, (x + (SIDE - image.width) // 2, y + (SIDE - image.height) // 2))
+        _write_text(sheet, x, y + SIDE + 3, photo.name[-44:], "#787c84", 11)
+        y += SIDE + LINE + 2
+        for label in np.argsort(-scores[number], kind="stable")[:4]:
+            ink = "#a5a8af"
+            colour = "#464a52"
+            if label in tags[number]:
+                ink = "white"
+                colour = "#26765c"
+            score = float(scores[number, label])
+            length = max(1, round(score * (SIDE - 1)))
+            sheet.paste("#2a2d34", (x, y, x + SIDE, y + 17))
+            sheet.paste(colour, (x, y, x + length + 1, y + 17))
+            _write_text(sheet, x + 6, y - 1, names[label][:26], ink)
+            _write_text(sheet, x + SIDE - 40, y - 1, f"{100 * score:.0f} %", ink)
+            y += BAR
     return _write(sheet, path)
 
 
@@ -84,25 +97,33 @@ def page(path, lines, total, threshold, top_k=None):
     the slider starts; top_k: at most so many tags a photo, or None. Raises UsageError if it cannot be written.
     """
     photos = []
-    for line in map(json.loads, lines[:PAGE]):
-        photo, stream = Path(line["photo"]), BytesIO()
+    for entry in map(json.loads, lines[:PAGE]):
+        photo = Path(entry["photo"])
+        stream = BytesIO()
         with contextlib.suppress(Exception):  # damaged or gone since; Pillow raises many kinds
             image = data.open_photo(photo)
-            image.thumbnail((240, 240), reducing_gap=2)
-            image.save(stream, "JPEG", quality=75)
+            image.thumbnail((240, 240))
+            image.save(stream, "JPEG")
         thumbnail = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-        photos.append({"name": str(photo), "link": photo.absolute().as_uri(), "thumbnail": thumbnail,
-                       "scores": list(line["scores"].items())[:50]})
+        photos.append({"name": str(photo),
+                       "link": photo.absolute().as_uri(),
+                       "thumbnail": thumbnail,
+                       "scores": list(entry["scores"].items())[:50]})
     content = json.dumps({"photos": photos, "total": total, "threshold": threshold, "top_k": top_k})
-    template = (data.ASSETS / "page.html").read_text("utf-8")
-    data.write_atomically(path, template.replace("/*DATA*/", content.replace("<", "\\u003c")))
+    template = data.read_text(data.ASSETS / "page.html", "template")
+    html = template.replace("/*DATA*/", content.replace("<", "\\u003c"))  # so no name ends the script
+    data.write_atomically(path, html)
     return Path(path)
 
 
 def as_seen(image, normalise):
     """What CLIP saw as a picture: image [3, H, W], normalised by torchvision's Normalize -> PIL RGB"""
     pixels = image.transpose(1, 2, 0) * np.float32(normalise.std) + np.float32(normalise.mean)
-    return Image.fromarray((np.clip(pixels, 0, 1) * 255).astype(np.uint8))
+    return _to_picture(255 * pixels)
+
+
+def _to_picture(values):
+    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
 
 
 def heat(seen, values):
@@ -110,13 +131,11 @@ def heat(seen, values):
 
     seen: PIL RGB, the square that CLIP saw; values: float array [M], stretched from its lowest to its highest value.
     """
-    side = math.isqrt(len(values))
-    stretched = (values - values.min()) / max(float(values.max() - values.min()), 1e-9)
-    cells = Image.fromarray((255 * stretched).astype(np.uint8).reshape(side, side))
-    strength = np.asarray(cells.resize((TILE, TILE), Image.Resampling.BICUBIC), np.float32)[..., None] / 255
-    grey = seen.resize((TILE, TILE), Image.Resampling.BICUBIC).convert("L").convert("RGB")
-    mixed = 0.55 * np.asarray(grey, np.float32) * (1 - 0.65 * strength) + HEAT * strength
-    return Image.fromarray(np.clip(mixed, 0, 255).astype(np.uint8))
+    stretched = (values - values.min()) / max(np.ptp(values), 1e-9)
+    cells = _to_picture(255 * stretched.reshape(math.isqrt(len(values)), -1))
+    strength = np.float32(cells.resize(SQUARE).convert("RGB")) / 255  # [TILE, TILE, 3]
+    grey = np.float32(seen.resize(SQUARE).convert("L").convert("RGB"))
+    return _to_picture(0.55 * grey * (1 - 0.65 * strength) + ORANGE * strength)
 
 
 def explanation(path, title, seen, names, scores, strongest, maps, region_gate=None, label_gate=None, boxes=()):
@@ -128,43 +147,44 @@ def explanation(path, title, seen, names, scores, strongest, maps, region_gate=N
     left, top, right, bottom, ...) in shares of the square, outlined on the label's maps, and all of them on the photo.
     Raises UsageError if it cannot be written.
     """
-    line = 20  # pixels
-    width, height = TILE + GAP, TILE + 2 * line + GAP
-    rows = max(3, len(strongest))  # the left column holds the photo, the regions' gate and the scores
-    sheet = Image.new("RGB", (GAP + (1 + len(maps)) * width, GAP + rows * height), BACKGROUND)
-    canvas = ImageDraw.Draw(sheet)
+    seen = seen.resize(SQUARE)
+    width = TILE + GAP
+    height = TILE + 2 * LINE + GAP
+    # the left column holds the photo, the regions' gate and the scores
+    sheet = _new_sheet(1 + len(maps), max(3, len(strongest)), width, height)
 
-    def draw_tile(picture, column, row, above, below):
-        x, y = GAP + column * width, GAP + row * height
-        _text(canvas, x, y, above, 15, BRIGHT)
-        sheet.paste(picture, (x, y + line))
-        _text(canvas, x, y + line + TILE + 2, below, 12, DIM)
+    def draw_tile(x, y, above, values, boxes=()):
+        if values is None:
+            picture = seen.copy()
+            below = "as CLIP saw it"
+        else:
+            picture = heat(seen, values)
+            below = f"{values.min():.3g} to {values.max():.3g}"
+        for box in boxes:
+            corners = np.round(TILE * np.array(box[1:5]))
+            corners[2:] = np.maximum(corners[:2], corners[2:] - 1)  # the last pixel inside; one at least
+            ImageDraw.Draw(picture).rectangle(list(corners), outline="white")
+        _write_text(sheet, x, y, above)
+        sheet.paste(picture, (x, y + LINE))
+        _write_text(sheet, x, y + LINE + TILE + 2, below, DIM, 12)
 
-    def outlined(picture, labels):
-        for label, *corners in boxes:
-            if label in labels:
-                left, top, right, bottom = (round(TILE * share) for share in corners[:4])
-                ImageDraw.Draw(picture).rectangle([left, top, max(left, right - 1), max(top, bottom - 1)], None, WHITE)
-        return picture
-
-    def draw_map(values, column, row, above, labels=()):
-        span = f"{values.min():.3g} to {values.max():.3g}"
-        draw_tile(outlined(heat(seen, values), labels), column, row, above, span)
-
-    seen = seen.resize((TILE, TILE), Image.Resampling.BICUBIC)
-    draw_tile(outlined(seen.copy(), range(len(names))), 0, 0, title[-30:], "as CLIP saw it")
+    draw_tile(GAP, GAP, title[-30:], None, boxes)
     if region_gate is not None:
-        draw_map(region_gate, 0, 1, "S-to-V gate")
+        draw_tile(GAP, GAP + height, "S-to-V gate", region_gate)
     for row, label in enumerate(strongest):
+        boxes_of_label = [box for box in boxes if box[0] == label]
         for column, (map_title, values) in enumerate(maps, 1):
-            draw_map(values[label], column, row, f"{names[label][:14]}: {map_title}", [label])
+            above = f"{names[label][:14]}: {map_title}"
+            draw_tile(GAP + column * width, GAP + row * height, above, values[label], boxes_of_label)
 
-    x, y = GAP, GAP + 2 * height
-    _text(canvas, x, y, "label", 15, BRIGHT)
-    _text(canvas, x + 112, y, "score" if label_gate is None else "score    V-to-S", 15, BRIGHT)
+    y = GAP + 2 * height
+    _write_text(sheet, GAP, y, "label")
+    _write_text(sheet, GAP + 112, y, "score" if label_gate is None else "score    V-to-S")
     for label in np.argsort(-scores, kind="stable")[:10]:
-        y += line
-        gate = "" if label_gate is None else f"      {100 * label_gate[label]:4.1f} %"
-        _text(canvas, x, y, names[label][:14], 15, BRIGHT)
-        _text(canvas, x + 112, y, f"{100 * scores[label]:3.0f} %{gate}", 15, DIM)
+        y += LINE
+        numbers = f"{100 * scores[label]:3.0f} %"
+        if label_gate is not None:
+            numbers += f"      {100 * label_gate[label]:4.1f} %"
+        _write_text(sheet, GAP, y, names[label][:14])
+        _write_text(sheet, GAP + 112, y, numbers, DIM)
     return _write(sheet, path)
