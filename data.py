@@ -6,6 +6,7 @@ UsageError, one line that names the thing and what to do; the scripts print it a
     python data.py --check coco2014 --data-root D       counts beside the published ones, and what is wrong
 """
 import argparse
+import contextlib
 import csv
 import difflib
 import functools
@@ -51,6 +52,26 @@ def read_stored(path, what, read, remedy):
     permission, damaged, another form) raises UsageError: what the file was to be, its path, the reason, the remedy."""
     try:
         return read(Path(path))
+    except (UsageError, MemoryError):
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFile(f"{what} {path}: no such file; {remedy}") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+    except (AttributeError, IndexError, KeyError, TypeError) as error:  # met by readers of a file of another form
+        reason = f"not in the form expected ({error!r:.120})"
+    except Exception as error:  # the libraries that read files raise many kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    raise UsageError(f"{what} {path}: {reason}; {remedy}")
+
+
+@contextlib.contextmanager
+def reading(path, what, remedy):
+    """`with reading(path, "weights", "get it again") as path:` reads a stored file. Whatever fails inside (missing, no
+    permission, damaged, another form) raises UsageError: what the file was to be, its path, the reason, the remedy."""
+    try:
+        yield Path(path)
+        return
     except (UsageError, MemoryError):
         raise
     except (FileNotFoundError, NotADirectoryError):
