@@ -2,24 +2,27 @@
 
 N texts or photos, K photos that could be read, b photos in a batch, M regions, D width of CLIP's joint space.
 """
-import contextlib
-import difflib
 import functools
-import hashlib
 import json
 import logging
-import math
 import os
 import sqlite3
-import urllib.request
+from contextlib import suppress
+from difflib import get_close_matches
+from hashlib import blake2b
+from math import exp, log, sqrt
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import distributed
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import data
@@ -49,7 +52,7 @@ def import_open_clip():
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import open_clip
     open_clip.factory._MODEL_CONFIGS["scenes"] = scenes.CLIP_CONFIG
-    logging.getLogger().addFilter(lambda record: record.module != "factory")  # that it begins with random weights
+    logging.getLogger().addFilter(lambda record: record.module != "factory")  # that a model begins with random weights
     return open_clip
 
 
@@ -80,101 +83,107 @@ def autocast(device, precision):
 
 
 def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32", resolution=None):
-    """A frozen CLIP. backbone: "scenes" (the tiny one shipped), open_clip's name, local-dir:FOLDER or hf-hub:OWNER/NAME;
+    """A frozen CLIP. backbone: "scenes" (the tiny one here), open_clip's name, local-dir:FOLDER or hf-hub:OWNER/NAME;
     pretrained: open_clip's tag, a file, "none" for random weights (seed 0), None for what belongs to the backbone;
     precision: "fp32" or "bf16"; resolution: pixels. -> Clip
     Raises UsageError for an unknown backbone, and for weights that cannot be had or are of another model."""
     open_clip = import_open_clip()
-    if backbone not in open_clip.list_models() and ":" not in backbone:
-        near = ", ".join(difflib.get_close_matches(backbone, open_clip.list_models(), 3, 0))
-        raise UsageError(f"--backbone {backbone}: open_clip has no model of this name; try {near}")
+    models = open_clip.list_models()
     name = backbone
     if backbone == "scenes":
         pretrained = pretrained or str(scenes.CHECKPOINT)
     elif ":" not in backbone:
         pretrained = pretrained or "openai"
+        backbone = backbone.replace("/", "-")
         name = f"{backbone} ({pretrained})"
-    tag = open_clip.get_pretrained_cfg(backbone, pretrained or "")  # {} for a file
-    path = None
-    if pretrained == "none":
-        say(f"--backbone {backbone}: random weights, as --pretrained none asks for")
-    else:
-        path = _find_weights(open_clip, backbone, pretrained, tag)
+        if backbone not in models:
+            near = ", ".join(get_close_matches(backbone, models, 3, 0))
+            raise UsageError(f"--backbone {backbone}: open_clip has no model of this name; try {near}")
+    tag = open_clip.get_pretrained_cfg(backbone, str(pretrained))  # {} for a file
+    path = _find_weights(backbone, pretrained, tag)
     remedy = "give weights of this very model (the .safetensors that open_clip fetches), or install the package named"
     with data.reading(path or name, f"--backbone {backbone}, weights", remedy):
         config = open_clip.get_model_config(backbone)
-        config["quick_gelu"] = bool(config.get("quick_gelu", tag.get("quick_gelu")))
+        config.setdefault("quick_gelu", tag.get("quick_gelu", False))
         tokenizer = open_clip.get_tokenizer(backbone)
-        model = _build(open_clip, backbone, config, tag, resolution)
-        known_tokens = None
-        if path:
-            known_tokens = _load_weights(open_clip, model, path)
+        model = _build(backbone, config, tag, resolution)
+        known_tokens = path and _load_weights(model, path)
         if resolution:
-            _resize(open_clip, model, resolution)
+            _resize(model, resolution)
         key = _hash(model, config)
-    if path and not tag and f"{backbone}-quickgelu" in open_clip.list_models():
+    if path and not tag and f"{backbone}-quickgelu" in models:
         say(f"{path}: if these are OpenAI's weights, use --backbone {backbone}-quickgelu (their activation)")
     look = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     preprocess = open_clip.transform.image_transform_v2(look, is_train=False)
     return Clip(model.to(device), tokenizer, preprocess, name, key, known_tokens, precision, look.input_size[1:])
 
 
-def _find_weights(open_clip, backbone, pretrained, tag):
-    """Path of a backbone's weights, fetched if need be. Raises UsageError that says what to get and where to put it."""
+def _find_weights(backbone, pretrained, tag):
+    """Path of a backbone's weights, fetched if need be; None for random ones. Raises UsageError that says what to get
+    and where to put it."""
     from huggingface_hub import constants, hf_hub_url
-    schema, source = open_clip.factory.parse_model_name(backbone)
-    by_hand = WEIGHTS / f"{backbone}.{pretrained}.safetensors"
-    for path in (pretrained or "", by_hand):
+    from open_clip import list_pretrained_tags_by_model
+    from open_clip.factory import _find_checkpoint_in_dir, parse_model_name
+    from open_clip.pretrained import download_pretrained_from_hf
+    if pretrained == "none":
+        say(f"--backbone {backbone}: random weights, as --pretrained none asks for")
+        return None
+    by_hand = f"{WEIGHTS}/{backbone}.{pretrained}.safetensors"
+    for path in (str(pretrained), by_hand):
         if os.path.isfile(path):
-            return str(path)
+            return path
+    if pretrained and not tag:
+        tags = ", ".join(list_pretrained_tags_by_model(backbone)) or "a file"
+        raise UsageError(f"--pretrained {pretrained}: no file, and open_clip has no such weights of {backbone}; "
+                         f"try {tags}")
+    schema, source = parse_model_name(backbone)
     if schema == "local-dir":
-        return open_clip.factory._find_checkpoint_in_dir(Path(source)) or f"{source}/open_clip_model.safetensors"
-    if not schema and not tag:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(backbone)) or "a file"
-        raise UsageError(f"--pretrained {pretrained}: no file, and open_clip has no such weights of {backbone}; try {tags}")
+        return _find_checkpoint_in_dir(Path(source)) or f"{source}/open_clip_model.safetensors"
     repository, filename = os.path.split(tag.get("hf_hub", f"{source}/"))  # most have no file name
     url = hf_hub_url(repository, filename or "open_clip_model.safetensors")
     try:
         # The host is asked first: hub clients try again for a minute where there is no network.
-        with contextlib.suppress(urllib.error.HTTPError):  # it answers, and open_clip may know another file name
-            urllib.request.urlopen(url, timeout=5).close()
+        with suppress(HTTPError):  # it answers, and open_clip may know another file name
+            urlopen(url, timeout=5).close()
     except OSError:
-        constants.HF_HUB_OFFLINE = True  # what was fetched before is still found
+        constants.HF_HUB_OFFLINE = True  # what was fetched before is found all the same
     try:
-        return open_clip.pretrained.download_pretrained_from_hf(repository, filename)
+        return download_pretrained_from_hf(repository, filename)
     except Exception as error:  # hub clients raise many kinds
-        raise UsageError(f"weights of {backbone} are not on this machine and cannot be fetched ({error:.200}): get {url}, "
+        raise UsageError(f"weights of {backbone} are not on this machine and cannot be fetched ({error}): get {url}, "
                          f"put it at {by_hand} or pass --pretrained FILE") from None
 
 
-def _build(open_clip, backbone, config, tag, resolution):
+def _build(backbone, config, tag, resolution):
     """open_clip's model of a name, frozen, with random weights of seed 0, and with the preprocessing of a tag."""
-    patch = config["vision_cfg"].get("patch_size", 1) or 32  # none: of timm's models; None: of a ResNet
-    if resolution and (resolution < 1 or resolution % patch):
-        raise UsageError(f"--resolution {resolution}: must be a positive multiple of {patch} for {backbone}")
-    if not config["vision_cfg"].get("patch_size"):
+    from open_clip import create_model
+    patch = config["vision_cfg"].get("patch_size", 1)  # timm's models have none, a ResNet has None
+    if resolution and (resolution < 1 or resolution % (patch or 32)):
+        raise UsageError(f"--resolution {resolution}: must be a positive multiple of {patch or 32} for {backbone}")
+    if patch in (1, None):
         resolution = None  # open_clip resizes the positions in a file for its own ViT only; _resize does the others
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = open_clip.create_model(backbone, load_weights=False, pretrained_text=False, force_image_size=resolution,
-                                       force_quick_gelu=config["quick_gelu"], force_preprocess_cfg=tag)
+        model = create_model(backbone, load_weights=False, pretrained_text=False, force_quick_gelu=config["quick_gelu"],
+                             force_preprocess_cfg=tag, force_image_size=resolution)
     return model.requires_grad_(False).eval()
 
 
-def _load_weights(open_clip, model, path):
-    """Fill a model from a file. -> ids of the tokens that were trained (None: all). Raises ValueError: what is wrong."""
+def _load_weights(model, path):
+    """Fill a model from a file. -> ids of the tokens that were trained (None: all). ValueError says what is wrong."""
+    from open_clip.factory import load_checkpoint, load_state_dict
     with open(path, "rb") as file:
         if file.read(64).lstrip().startswith(b"<"):
             raise ValueError("a web page, not weights")
     try:
-        state = open_clip.factory.load_state_dict(path, weights_only=True)
+        state = load_state_dict(path, weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
         if "TorchScript" in str(error):
             raise ValueError("a TorchScript archive (OpenAI's own form), which holds code and is refused") from None
         raise ValueError("empty, damaged, cut short or no weights file") from None
     try:
         if "token_ids" not in state:
-            open_clip.load_checkpoint(model, path)
+            load_checkpoint(model, path)
             return None
         # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
         token_ids = state.pop("token_ids")
@@ -187,17 +196,19 @@ def _load_weights(open_clip, model, path):
         raise ValueError(f"of another architecture ({error})") from None
 
 
-def _resize(open_clip, model, resolution):
-    """Change the resolution of a filled image tower of timm's, or of a ResNet."""
+def _resize(model, resolution):
+    """Change the resolution of a filled image tower: of timm's, or a ResNet."""
+    from open_clip.model import resize_pos_embed
     visual = model.visual
     if hasattr(visual, "set_input_size"):  # timm's
         visual.set_input_size(resolution)
     if hasattr(visual, "attnpool"):
         # A ResNet's position embeddings are in its attention pool; open_clip interpolates them under a ViT's name.
         visual.grid_size = (resolution // 32, resolution // 32)
-        state = {"visual.positional_embedding": visual.attnpool.positional_embedding}
-        open_clip.model.resize_pos_embed(state, model)
-        visual.attnpool.positional_embedding = torch.nn.Parameter(state["visual.positional_embedding"], False)
+        positions = visual.attnpool.positional_embedding
+        state = {"visual.positional_embedding": positions}
+        resize_pos_embed(state, model)
+        positions.data = state["visual.positional_embedding"]
     visual.preprocess_cfg["size"] = (resolution, resolution)
 
 
@@ -205,11 +216,10 @@ def _hash(model, config):
     """Hash of what a model computes: its weights, its configuration with the activation, its preprocessing. Raises
     ValueError for weights that are not finite."""
     described = json.dumps([config, model.visual.preprocess_cfg], sort_keys=True)
-    digest = hashlib.blake2b(described.encode(), digest_size=16)
+    digest = blake2b(described.encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         if not tensor.isfinite().all():
             raise ValueError(f"hold values that are not finite (in {name})")
-        digest.update(name.encode())
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
@@ -226,13 +236,13 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
             return clip.preprocess(image)
         width, height = image.size
         area = width * height * generator.uniform(smallest, 1)
-        aspect = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-        crop_width = min(width, math.sqrt(area * aspect))
-        crop_height = min(height, math.sqrt(area / aspect))
+        aspect = exp(generator.uniform(log(3 / 4), log(4 / 3)))
+        crop_width = min(width, sqrt(area * aspect))
+        crop_height = min(height, sqrt(area / aspect))
         left = generator.uniform(0, width - crop_width)
         top = generator.uniform(0, height - crop_height)
         box = (left, top, left + crop_width, top + crop_height)
-        image = image.resize(clip.image_size[::-1], Image.Resampling.BICUBIC, box=box)
+        image = image.resize(clip.image_size[::-1], Image.BICUBIC, box)
         if generator.random() < 0.5:
             image = ImageOps.mirror(image)
         to_tensor, normalise = clip.preprocess.transforms[-2:]
@@ -245,14 +255,11 @@ def _decode(clip, augment, batch):
     """[(row, photo), ...] -> (numpy images [b, 3, H, W], why each cannot be read or None). In a worker process."""
     images = np.zeros((len(batch), 3, *clip.image_size), np.float32)
     wrong = [None] * len(batch)
-    generator = None
-    smallest = 1.0
+    seed, epoch, smallest = augment or (None, None, 1.0)
     for place, (row, photo) in enumerate(batch):
-        if augment:
-            seed, epoch, smallest = augment
-            generator = np.random.default_rng([seed, epoch, row])
+        generator = augment and np.random.default_rng([seed, epoch, row])
         try:
-            images[place] = load_photo(clip, photo, generator, smallest).numpy()
+            images[place] = load_photo(clip, photo, generator, smallest)
         except UsageError as error:
             wrong[place] = str(error)
     return images, wrong
@@ -266,89 +273,83 @@ def decoded(clip, photos, batches, workers, augment=None, naming=True):
     batches = list(batches)
     if workers is None:
         workers = 16
-    workers = min(workers, os.cpu_count())
     if len(batches) < 2:
         workers = 0
     # Workers hand over numpy arrays, which go through a pipe: tensors would go through /dev/shm, and Docker's 64 MB of
     # it do not hold a batch. The generator, because a DataLoader otherwise draws from torch's global one.
     decode = functools.partial(_decode, clip._replace(model=ImportsFirst(), tokenizer=None), augment)
-    loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode, num_workers=workers,
-                        generator=torch.Generator())
+    loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode,
+                        num_workers=min(workers, os.cpu_count()), generator=torch.Generator())
     for images, wrong in loader:
-        if naming:
-            for reason in filter(None, wrong):
+        for reason in wrong:
+            if reason and naming:
                 say_once(f"{reason}; left out")
-        images = torch.from_numpy(images)
-        if torch.cuda.is_available():
-            images = images.pin_memory()
-        yield images, torch.tensor([reason is None for reason in wrong])
+        yield torch.from_numpy(images), torch.tensor([reason is None for reason in wrong])
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 class Cache:
     """Rows of tensors in SQLite, by what encoded them and of what. All features*.sqlite of a folder are read, one is
-    written: under torchrun each process has its own. A damaged file is set aside and made anew; what cannot be opened or
-    written is done without, said once. folder None: keeps nothing."""
+    written: under torchrun each process has its own. A damaged file is set aside and made anew; what cannot be opened
+    or written is done without, said once. folder None: keeps nothing."""
 
     def __init__(self, folder):
         self.connections = {}  # {path: connection}
-        self.paths = []  # the first is written
-        if folder is not None:
+        self.paths = []  # the first is written, too
+        if folder:
             own = "features.sqlite"
-            if torch.distributed.is_initialized():
-                own = f"features.{torch.distributed.get_rank()}.sqlite"
+            if distributed.is_initialized():
+                own = f"features.{distributed.get_rank()}.sqlite"
             self.paths = [Path(folder, own), *Path(folder).glob("features*.sqlite")]
 
     def get(self, encoder, item):
         """-> {name: tensor}, or None if there is no such row."""
         for path in self.paths:
-            found = self.run(path, "SELECT tensors FROM features WHERE encoder = ? AND item = ?", [encoder, item])
+            found = self.run(path, "SELECT tensors FROM features WHERE encoder = ? AND item = ?", [(encoder, item)])
             if found:
                 return found[0]
         return None
 
     def put(self, encoder, rows):
         """Store {item: {name: tensor}} in one transaction."""
-        values = []
-        for item, tensors in rows.items():
-            values += [encoder, item, safetensors.torch.save(tensors)]
-        if self.paths and rows:
-            self.run(self.paths[0], "INSERT OR REPLACE INTO features VALUES" + ",".join(["(?, ?, ?)"] * len(rows)), values)
+        values = [(encoder, item, save(tensors)) for item, tensors in rows.items()]
+        for path in self.paths[:1]:
+            self.run(path, "INSERT OR REPLACE INTO features VALUES (?, ?, ?)", values)
 
-    def run(self, path, command, values):
-        """Give a command to a file, which is made if there is none. -> list of the {name: tensor} it finds"""
+    def run(self, path, command, rows):
+        """Give an SQL command to a file, once for each row of values. -> list of the {name: tensor} that it finds"""
         try:
             if path not in self.connections:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                os.makedirs(path.parent, exist_ok=True)
                 self.connections[path] = sqlite3.connect(path, timeout=60)  # seconds to wait for another run
                 self.connections[path].execute("CREATE TABLE IF NOT EXISTS features "
                                                "(encoder TEXT, item TEXT, tensors BLOB, PRIMARY KEY (encoder, item))")
             with self.connections[path] as connection:
-                return [safetensors.torch.load(tensors) for (tensors,) in connection.execute(command, values)]
+                return [load(tensors) for values in rows for (tensors,) in connection.execute(command, values)]
         except (OSError, sqlite3.OperationalError) as error:  # such as no permission, disk full, locked
             say_once(f"cache {path}: going on without ({error})")
-        except (sqlite3.DatabaseError, safetensors.SafetensorError, TypeError) as error:
+        except (sqlite3.DatabaseError, SafetensorError, TypeError) as error:
             self.connections.pop(path).close()
-            with contextlib.suppress(OSError):
-                os.replace(path, path.with_suffix(".damaged"))
-            say_once(f"cache {path}: damaged ({error}), renamed to .damaged and made anew")
+            with suppress(OSError):
+                os.replace(path, f"{path}.damaged")
+            say_once(f"cache {path}: damaged ({error}); renamed to .damaged and made anew")
         return []
 
 
 def _identity(photo):
-    """What stands for a photo in the cache: its name, size, time and last 16 kB, since cameras use the same names again;
-    not its folder, which may be moved. Of scenes: which picture, and the drawing code."""
+    """What stands for a photo in the cache: its name, size, time and last 16 kB, since cameras use names again; not its
+    folder, which may be moved. Of scenes: which picture, and the drawing code."""
     if isinstance(photo, tuple):
         return f"{photo} {scenes.DIGEST}"
     try:
         with open(photo, "rb") as file:
             status = os.fstat(file.fileno())
             file.seek(max(status.st_size - 16384, 0))
-            end = hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+            end = blake2b(file.read()).hexdigest()
     except OSError:
         return ascii(photo)  # it cannot be encoded either
-    return f"{ascii(os.path.basename(photo))} {status.st_size} {status.st_mtime_ns} {end}"
+    return ascii((os.path.basename(photo), status.st_size, status.st_mtime_ns, end))
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -356,13 +357,13 @@ def _identity(photo):
 def _encode_text(model, tokens):
     """model.encode_text without the positions behind the longest text's end, which CLIP's causal encoder, asked at the
     end token, does not need."""
-    if getattr(model, "text_pool_type", "") != "argmax" or model.attn_mask is None:
+    if getattr(model, "text_pool_type", None) != "argmax" or model.attn_mask is None:
         return model.encode_text(tokens, normalize=False)
     ends = tokens.argmax(-1)
     longest = int(ends.max()) + 1
     x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
-    return x[torch.arange(len(tokens), device=x.device), ends] @ model.text_projection
+    return x[torch.arange(len(tokens)), ends] @ model.text_projection
 
 
 def embed_texts(clip, texts, cache=None, batch_size=256, quiet=True):
@@ -372,51 +373,67 @@ def embed_texts(clip, texts, cache=None, batch_size=256, quiet=True):
     store = Cache(cache)
     encoder = f"text {clip.key} {clip.precision}"
     rows = {text: store.get(encoder, text) for text in texts}
-    missing = sorted((text for text, row in rows.items() if row is None), key=len)
-    for start in tqdm(range(0, len(missing), batch_size), "embedding texts", unit="batch", disable=quiet or None):
+    missing = sorted((text for text in rows if not rows[text]), key=len)
+    for start in tqdm(range(0, len(missing), batch_size), "embedding texts", disable=quiet or None):
         batch = missing[start:start + batch_size]
         with torch.no_grad(), autocast(clip.device, clip.precision):
-            embeddings = _encode_text(clip.model, clip.tokenizer(batch).to(clip.device))
-        fresh = {text: {"embedding": row} for text, row in zip(batch, embeddings.float().cpu(), strict=True)}
+            embeddings = _encode_text(clip.model, clip.tokenizer(batch).to(clip.device)).float().cpu()
+        fresh = {text: {"embedding": row} for text, row in zip(batch, embeddings, strict=True)}
         store.put(encoder, fresh)
-        rows.update(fresh)
+        rows |= fresh
     return torch.stack([rows[text]["embedding"] for text in texts])
 
 
 def _check_texts(clip, texts):
     """Say how many texts are too long, and which words the tiny CLIP does not know."""
     limit = clip.tokenizer.context_length
-    # A token is at least a byte, and two more mark start and end: shorter texts fit.
+    # A token is at least a byte, and two more mark start and end: shorter texts fit. The empty text ends in padding.
     long = [text for text in texts if len(text.encode()) + 2 > limit]
     last = clip.tokenizer([*long, ""], limit + 1)[:, -1]
-    cut = int((last != last[-1]).sum())  # the empty text ends in padding
+    cut = int((last != last[-1]).sum())
     if cut:
         say(f"{cut} of {len(texts)} texts are longer than {limit} tokens and were cut")
     if clip.known_tokens:
         used = dict.fromkeys(token for text in texts for token in clip.tokenizer.encode(text))
-        unknown = [token for token in used if token not in clip.known_tokens]
+        unknown = [clip.tokenizer.decode([token]).strip() for token in used if token not in clip.known_tokens]
         if unknown:
-            words = ", ".join(clip.tokenizer.decode([token]).strip() for token in unknown[:10])
+            words = ", ".join(unknown[:10])
             say(f"the {clip.name} CLIP has never seen: {words}; such words mean nothing to it")
 
 
 # --- photos, encoded --------------------------------------------------------------------------------------------------
 
-def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet=False):
+def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet=False, share=True):
     """Photos through an encoder, a row each, in their order; what is in the cache is not computed again. encoder: what
     computes the values, as a str; encode: images [b, 3, H, W] -> dict of tensors [b, ...]. -> generator of (row in
     photos, {name: tensor} on the CPU, or None if the photo cannot be read). Such photos are named at the end.
-    Under torchrun each process first encodes its share into the cache."""
-    if torch.distributed.is_initialized() and cache:
-        share = photos[torch.distributed.get_rank()::torch.distributed.get_world_size()]
-        for _ in _encode_rows(clip, share, encoder, encode, cache, workers, quiet):
+    share: under torchrun each process first encodes its part of the photos into the cache."""
+    if share and cache and distributed.is_initialized():
+        part = photos[distributed.get_rank()::distributed.get_world_size()]
+        for _ in encode_photos(clip, part, encoder, encode, cache, workers, quiet, share=False):
             pass
-        torch.distributed.barrier()
+        distributed.barrier()
+    store = Cache(cache)
+    keys = [_identity(photo) for photo in photos]
+    missing = [row for row, key in enumerate(keys) if not store.get(encoder, key)]
+    batch_at = {missing[start]: missing[start:start + BATCH] for start in range(0, len(missing), BATCH)}
+    images_of = decoded(clip, photos, batch_at.values(), workers, naming=False)
+    fresh = {}  # of the batch at hand
     bad = []
-    for row, tensors in _encode_rows(clip, photos, encoder, encode, cache, workers, quiet):
-        if tensors is None:
+    for row, key in enumerate(tqdm(keys, "embedding photos", disable=quiet or None)):
+        if row in batch_at:
+            images, readable = next(images_of)
+            with torch.no_grad(), autocast(clip.device, clip.precision):
+                tensors = encode(images.to(clip.device))
+            fresh = {}
+            for place, other in enumerate(batch_at[row]):
+                if readable[place]:
+                    fresh[keys[other]] = {name: values[place].cpu() for name, values in tensors.items()}
+            store.put(encoder, fresh)
+        encoded = fresh.get(key) or store.get(encoder, key)
+        if not encoded:
             bad.append(photos[row])
-        yield row, tensors
+        yield row, encoded
     for photo in bad[:20]:
         try:
             load_photo(clip, photo)
@@ -426,40 +443,14 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
         say(f"{len(bad)} of {len(photos)} photos could not be read; the first 20 are named above")
 
 
-def _encode_rows(clip, photos, encoder, encode, cache, workers, quiet):
-    """encode_photos in one process, without naming: decode a batch of what is missing, encode it, store it."""
-    store = Cache(cache)
-    keys = [_identity(photo) for photo in photos]
-    missing = [row for row, key in enumerate(keys) if store.get(encoder, key) is None]
-    batch_at = {missing[start]: missing[start:start + BATCH] for start in range(0, len(missing), BATCH)}
-    images_of = decoded(clip, photos, batch_at.values(), workers, naming=False)
-    missing = set(missing)
-    for row in tqdm(range(len(photos)), "embedding photos", unit="photo", disable=quiet or None):
-        if row in batch_at:
-            images, readable = next(images_of)
-            with torch.no_grad(), autocast(clip.device, clip.precision):
-                tensors = encode(images.to(clip.device, non_blocking=True))
-            tensors = {name: values.cpu() for name, values in tensors.items()}
-            fresh = {}
-            for place in readable.nonzero().flatten():
-                fresh[keys[batch_at[row][place]]] = {name: values[place] for name, values in tensors.items()}
-            store.put(encoder, fresh)
-        if row in missing:
-            yield row, fresh.get(keys[row])
-            continue
-        stored = store.get(encoder, keys[row])
-        if stored is None:
-            raise UsageError(f"cache {cache}: changed while it was read; run the command again")
-        yield row, stored
-
-
-def _join(encoded):
+def _embed(clip, photos, kind, encode, cache, workers, quiet):
     """What encode_photos gives -> ({name: tensor of all}, rows [K]). Raises UsageError if no photo could be read."""
-    kept = {row: tensors for row, tensors in encoded if tensors}
-    if not kept:
+    encoder = f"{kind} {clip.key} {clip.precision}"
+    encoded = dict(encode_photos(clip, photos, encoder, encode, cache, workers, quiet))
+    rows = [row for row in encoded if encoded[row]]
+    if not rows:
         raise UsageError("no photo could be read; check the files named above")
-    names = next(iter(kept.values()))
-    return {name: torch.stack([row[name] for row in kept.values()]) for name in names}, np.array(list(kept))
+    return default_collate([encoded[row] for row in rows]), np.array(rows)
 
 
 def embed_photos(clip, photos, cache=None, workers=None, quiet=False):
@@ -467,7 +458,7 @@ def embed_photos(clip, photos, cache=None, workers=None, quiet=False):
     left out. -> (float32 [K, D] on the CPU, rows [K] of those that were read). Raises UsageError if none was."""
     def encode(images):
         return {"embedding": clip.model.encode_image(images, normalize=False).float()}
-    tensors, rows = _join(encode_photos(clip, photos, f"image {clip.key} {clip.precision}", encode, cache, workers, quiet))
+    tensors, rows = _embed(clip, photos, "image", encode, cache, workers, quiet)
     return tensors["embedding"], rows
 
 
@@ -477,8 +468,7 @@ def embed_regions(clip, photos, image_features, cache=None, workers=None, quiet=
     def encode(images):
         x0, X = image_features(clip.model.visual, images)
         return {"x0": x0.float(), "X": X.half()}
-    encoder = f"regions {clip.key} {clip.precision}"
-    tensors, rows = _join(encode_photos(clip, photos, encoder, encode, cache, workers, quiet))
+    tensors, rows = _embed(clip, photos, "regions", encode, cache, workers, quiet)
     return tensors["x0"], tensors["X"], rows
 
 
