@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import urlopen
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -151,7 +152,8 @@ def _find_weights(backbone, pretrained, tag):
         return download_pretrained_from_hf(repository, filename)
     except Exception as error:  # hub clients raise many kinds
         raise UsageError(f"weights of {backbone} are not on this machine and cannot be fetched ({error}): get {url}, "
-                         f"put it at {by_hand} or pass --pretrained FILE") from None
+                         f"put it at {by_hand} or pass --pretrained FILE; or put it and open_clip_config.json into a "
+                         "folder and pass --backbone local-dir:FOLDER") from None
 
 
 def _build(backbone, config, tag, resolution):
@@ -171,12 +173,14 @@ def _build(backbone, config, tag, resolution):
 
 def _load_weights(model, path):
     """Fill a model from a file. -> ids of the tokens that were trained (None: all). ValueError says what is wrong."""
-    from open_clip.factory import load_checkpoint, load_state_dict
+    from open_clip.factory import load_checkpoint, load_state_dict, resize_pos_embed
     with open(path, "rb") as file:
         if file.read(64).lstrip().startswith(b"<"):
             raise ValueError("a web page, not weights")
     try:
-        state = load_state_dict(path, weights_only=True)
+        with catch_warnings():
+            simplefilter("ignore")  # torch's, of a TorchScript archive
+            state = load_state_dict(path, weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
         if "TorchScript" in str(error):
             raise ValueError("a TorchScript archive (OpenAI's own form), which holds code and is refused") from None
@@ -187,9 +191,11 @@ def _load_weights(model, path):
             return None
         # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
         token_ids = state.pop("token_ids")
+        state = {name: tensor.float() for name, tensor in state.items()}
         table = torch.zeros_like(model.token_embedding.weight)
-        table[token_ids] = state["token_embedding.weight"].float()
+        table[token_ids] = state["token_embedding.weight"]
         state["token_embedding.weight"] = table
+        resize_pos_embed(state, model)
         model.load_state_dict(state)
         return set(token_ids.tolist())
     except Exception as error:  # open_clip and torch raise many kinds
@@ -428,7 +434,7 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
             fresh = {}
             for place, other in enumerate(batch_at[row]):
                 if readable[place]:
-                    fresh[keys[other]] = {name: values[place].cpu() for name, values in tensors.items()}
+                    fresh[keys[other]] = {name: values[place].cpu().contiguous() for name, values in tensors.items()}
             store.put(encoder, fresh)
         encoded = fresh.get(key) or store.get(encoder, key)
         if not encoded:
