@@ -1,25 +1,29 @@
-"""CLIP through open_clip, frozen; embeddings of texts and photos, streamed in batches and cached in blocks.
+"""CLIP through open_clip, frozen; features of texts and photos, computed a batch at a time and cached a row each.
 
 N texts or photos, K photos that could be read, b photos in a batch, M regions, D width of CLIP's joint space.
 """
-import contextlib
-import copy
-import difflib
 import functools
-import hashlib
-import math
+import json
+import logging
 import os
-import sys
-import urllib.request
-import zipfile
+import sqlite3
+from contextlib import suppress
+from difflib import get_close_matches
+from hashlib import blake2b
+from math import exp, log, sqrt
 from pathlib import Path
 from typing import NamedTuple
+from urllib.error import HTTPError
+from urllib.request import urlopen
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import distributed
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import data
@@ -27,12 +31,15 @@ import scenes
 from data import UsageError, say
 
 WEIGHTS = Path(__file__).parent / "weights"  # where weights fetched by hand may be put: <backbone>.<tag>.safetensors
-TEXTS, PHOTOS = 4096, 64  # in a cache file; an interrupted run loses at most one of them
+BATCH = 64  # photos encoded at once and stored in one transaction; a run that is killed loses at most one batch
 say_once = functools.cache(say)
 
 
+# --- CLIP -------------------------------------------------------------------------------------------------------------
+
+@functools.cache
 def import_open_clip():
-    """open_clip, also where torchvision's wheel does not fit torch's build. -> module"""
+    """open_clip, also where torchvision's wheel does not fit torch's build; it knows "scenes", too. -> module"""
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:
@@ -40,22 +47,35 @@ def import_open_clip():
         # where it registers a fake kernel for the first of them. Declaring them is enough: nothing here calls them.
         if "torchvision::nms does not exist" not in str(error):
             raise
-        operators = import_open_clip.operators = torch.library.Library("torchvision", "DEF")  # to live as long as we do
+        operators = torch.library.Library("torchvision", "DEF")
+        import_open_clip.operators = operators  # to live as long as we do
         for name in ("nms", "qnms"):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import open_clip
+    open_clip.factory._MODEL_CONFIGS["scenes"] = scenes.CLIP_CONFIG
+    logging.getLogger().addFilter(lambda record: record.module != "factory")  # that a model begins with random weights
     return open_clip
 
 
+class ImportsFirst:
+    """Sent to a worker process in place of the model: once it is unpickled, torchvision's preprocessing can be, too."""
+    def __reduce__(self):
+        return import_open_clip, ()
+
+
 class Clip(NamedTuple):
-    model: torch.nn.Module  # open_clip.model.CLIP, frozen, in eval mode
+    model: torch.nn.Module  # any of open_clip's, frozen, in eval mode
     tokenizer: object       # list of str -> int64 [N, context length]
     preprocess: object      # PIL RGB -> float32 [3, H, W]
     name: str               # for people
-    key: str                # hash of architecture, weights and preprocessing: what a checkpoint was trained on
+    key: str                # hash of what the model computes: what a checkpoint was trained on
     known_tokens: set       # token ids with trained rows; None: all of them
     precision: str          # "fp32" or "bf16"
     image_size: tuple       # (H, W), pixels that the image tower sees
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
 
 
 def autocast(device, precision):
@@ -64,123 +84,153 @@ def autocast(device, precision):
 
 
 def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32", resolution=None):
-    """A frozen CLIP. backbone: "scenes" (the shipped tiny one) or open_clip's name; pretrained: open_clip's tag, a
-    file, or "none" for random weights (seed 0); precision: "fp32" or "bf16"; resolution: pixels. -> Clip
-    Raises UsageError for an unsupported backbone, and for weights that cannot be had or are of another model."""
+    """A frozen CLIP. backbone: "scenes" (the tiny one here), open_clip's name, local-dir:FOLDER or hf-hub:OWNER/NAME;
+    pretrained: open_clip's tag, a file, "none" for random weights (seed 0), None for what belongs to the backbone;
+    precision: "fp32" or "bf16"; resolution: pixels. -> Clip
+    Raises UsageError for an unknown backbone, and for weights that cannot be had or are of another model."""
     open_clip = import_open_clip()
-    backbone = backbone.replace("/", "-")
-    built_in = backbone == "scenes"
-    config = copy.deepcopy(scenes.CLIP_CONFIG) if built_in else _named_config(open_clip, backbone)
-    pretrained = pretrained or (str(scenes.CHECKPOINT) if built_in else "openai")
-    tag = open_clip.get_pretrained_cfg(backbone, pretrained)  # {} for a file, for "none" and for scenes
-    vision, resnet = config["vision_cfg"], not isinstance(config["vision_cfg"]["layers"], int)
-    step = 32 if resnet else vision["patch_size"]
-    if resolution and (resolution < 1 or resolution % step):
-        raise UsageError(f"--resolution {resolution}: must be a positive multiple of {step} for {backbone}")
-    if resolution and not resnet:
-        vision["image_size"] = resolution
-    config["quick_gelu"] = config.get("quick_gelu", False) or tag.get("quick_gelu", False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.model.CLIP(**config).requires_grad_(False).eval()
-    path = None if pretrained == "none" else _find_weights(open_clip, backbone, pretrained)
-    known_tokens = path and _load_weights(open_clip, model, backbone, path)
-    if path and not (built_in or tag or "quickgelu" in backbone):
+    models = open_clip.list_models()
+    name = backbone
+    if backbone == "scenes":
+        pretrained = pretrained or str(scenes.CHECKPOINT)
+    elif ":" not in backbone:
+        pretrained = pretrained or "openai"
+        backbone = backbone.replace("/", "-")
+        name = f"{backbone} ({pretrained})"
+        if backbone not in models:
+            near = ", ".join(get_close_matches(backbone, models, 3, 0))
+            raise UsageError(f"--backbone {backbone}: open_clip has no model of this name; try {near}")
+    tag = open_clip.get_pretrained_cfg(backbone, str(pretrained))  # {} for a file
+    path = _find_weights(backbone, pretrained, tag)
+    remedy = "give weights of this very model (the .safetensors that open_clip fetches), or install the package named"
+    with data.reading(path or name, f"--backbone {backbone}, weights", remedy):
+        config = open_clip.get_model_config(backbone)
+        config.setdefault("quick_gelu", tag.get("quick_gelu", False))
+        tokenizer = open_clip.get_tokenizer(backbone)
+        model = _build(backbone, config, tag, resolution)
+        known_tokens = path and _load_weights(model, path)
+        if resolution:
+            _resize(model, resolution)
+        key = _hash(model, config)
+    if path and not tag and f"{backbone}-quickgelu" in models:
         say(f"{path}: if these are OpenAI's weights, use --backbone {backbone}-quickgelu (their activation)")
-    visual = model.visual
-    if resolution and resnet:
-        # A ResNet's position embeddings are in its attention pool; open_clip interpolates them under a ViT's name.
-        visual.image_size, visual.grid_size = (resolution, resolution), (resolution // 32, resolution // 32)
-        state = {"visual.positional_embedding": visual.attnpool.positional_embedding.data}
-        open_clip.model.resize_pos_embed(state, model)
-        visual.attnpool.positional_embedding = torch.nn.Parameter(state["visual.positional_embedding"], False)
-    look = open_clip.transform.merge_preprocess_dict({"size": visual.image_size}, tag)
-    look = open_clip.transform.PreprocessCfg(**look)  # size, mean, standard deviation, interpolation
-    digest = hashlib.blake2b(f"{backbone} {look}".encode(), digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    name, key = backbone if built_in else f"{backbone} ({pretrained})", digest.hexdigest()
-    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"]["context_length"])
+    look = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     preprocess = open_clip.transform.image_transform_v2(look, is_train=False)
     return Clip(model.to(device), tokenizer, preprocess, name, key, known_tokens, precision, look.input_size[1:])
 
 
-def _named_config(open_clip, backbone):
-    """open_clip's configuration of an OpenAI-style ViT or ResNet tower with CLIP's causal text transformer, for which
-    both methods are written: it has these settings and no others. Raises UsageError for another backbone."""
-    settings = {"embed_dim", "quick_gelu", "vision_cfg", "image_size", "patch_size", "head_width", "mlp_ratio",
-                "ls_init_value", "text_cfg", "context_length", "vocab_size", "heads", "width", "layers"}
-    configs = {name: open_clip.get_model_config(name) for name in open_clip.list_models()}
-    supported = [name for name, config in configs.items()
-                 if {*config, *config["vision_cfg"], *config["text_cfg"]} <= settings]
-    if backbone not in supported:
-        near = ", ".join(difflib.get_close_matches(backbone, [*supported, "scenes"], 3, 0))
-        raise UsageError(f"--backbone {backbone}: open_clip has no OpenAI-style ViT or ResNet of this name; try {near}")
-    return configs[backbone]
-
-
-def _find_weights(open_clip, backbone, pretrained):
-    """Local file of a backbone's weights, fetched if need be. UsageError says what to get, and where to put it."""
-    by_hand = [WEIGHTS / f"{backbone}.{pretrained}.{suffix}" for suffix in ("safetensors", "pt", "bin")]
-    for path in (Path(pretrained), *by_hand):
-        if backbone == "scenes" or os.path.isfile(path):
+def _find_weights(backbone, pretrained, tag):
+    """Path of a backbone's weights, fetched if need be; None for random ones. Raises UsageError that says what to get
+    and where to put it."""
+    from huggingface_hub import constants, hf_hub_url
+    from open_clip import list_pretrained_tags_by_model
+    from open_clip.factory import _find_checkpoint_in_dir, parse_model_name
+    from open_clip.pretrained import download_pretrained_from_hf
+    if pretrained == "none":
+        say(f"--backbone {backbone}: random weights, as --pretrained none asks for")
+        return None
+    by_hand = f"{WEIGHTS}/{backbone}.{pretrained}.safetensors"
+    for path in (str(pretrained), by_hand):
+        if os.path.isfile(path):
             return path
-    config = open_clip.get_pretrained_cfg(backbone, pretrained)
-    if not config:
-        tags = difflib.get_close_matches(pretrained, open_clip.list_pretrained_tags_by_model(backbone), 3, 0)
+    if pretrained and not tag:
+        tags = ", ".join(list_pretrained_tags_by_model(backbone)) or "a file"
         raise UsageError(f"--pretrained {pretrained}: no file, and open_clip has no such weights of {backbone}; "
-                         f"try {', '.join([*tags, 'none'])}")
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache
-    repository, filename = config["hf_hub"].rstrip("/"), "open_clip_model.safetensors"
-    for name in (filename, "open_clip_pytorch_model.bin"):
-        if isinstance(cached := try_to_load_from_cache(repository, name), str):
-            return Path(cached)
-    request = urllib.request.Request(hf_hub_url(repository, filename), method="HEAD")
+                         f"try {tags}")
+    schema, source = parse_model_name(backbone)
+    if schema == "local-dir":
+        return _find_checkpoint_in_dir(Path(source)) or f"{source}/open_clip_model.safetensors"
+    repository, filename = os.path.split(tag.get("hf_hub", f"{source}/"))  # most have no file name
+    url = hf_hub_url(repository, filename or "open_clip_model.safetensors")
     try:
         # The host is asked first: hub clients try again for a minute where there is no network.
-        with contextlib.suppress(urllib.error.HTTPError):  # it answers, and open_clip may know another file name
-            urllib.request.urlopen(request, timeout=10).close()
-        return Path(open_clip.download_pretrained(config))
+        with suppress(HTTPError):  # it answers, and open_clip may know another file name
+            urlopen(url, timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True  # what was fetched before is found all the same
+    try:
+        return download_pretrained_from_hf(repository, filename)
     except Exception as error:  # hub clients raise many kinds
-        raise UsageError(f"weights of {backbone} ({pretrained}) are not on this machine and cannot be fetched ({error})"
-                         f": get {request.full_url}, put it at {by_hand[0]} or pass --pretrained FILE") from None
+        raise UsageError(f"weights of {backbone} are not on this machine and cannot be fetched ({error}): get {url}, "
+                         f"put it at {by_hand} or pass --pretrained FILE; or put it and open_clip_config.json into a "
+                         "folder and pass --backbone local-dir:FOLDER") from None
 
 
-def _load_weights(open_clip, model, backbone, path):
-    """Fill a model from a file. -> ids of the tokens that were trained (None: all). UsageError: what the file is."""
-    def read(path):
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip()
-        if not start or start.startswith(b"<"):
-            raise ValueError("a web page, not weights" if start else "an empty file")
-        if zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist()):
-            raise ValueError("a TorchScript archive (OpenAI's own form), which holds code and is refused")
-        try:
-            state = open_clip.factory.load_state_dict(str(path), weights_only=True)
-            state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-        except Exception:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
-            raise ValueError("damaged, cut short or no weights file") from None
-        if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"holds values that are not finite (in {broken[0]})")
-        token_ids = state.pop("token_ids") if backbone == "scenes" else None
-        if token_ids is not None:
-            # This checkpoint holds only the rows that captions can reach: they go back into the full table.
-            table = torch.zeros_like(model.token_embedding.weight)
-            state["token_embedding.weight"] = table.index_copy_(0, token_ids, state["token_embedding.weight"])
-        shapes = [{name: tensor.shape for name, tensor in some.items() if "positional" not in name}
-                  for some in (model.state_dict(), state)]  # of positions there may be others, which are resized
-        if wrong := [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]:
-            raise ValueError(f"of another architecture ({len(wrong)} tensors do not fit, first {wrong[0]})")
-        open_clip.model.resize_pos_embed(state, model)
+def _build(backbone, config, tag, resolution):
+    """open_clip's model of a name, frozen, with random weights of seed 0, and with the preprocessing of a tag."""
+    from open_clip import create_model
+    patch = config["vision_cfg"].get("patch_size", 1)  # timm's models have none, a ResNet has None
+    if resolution and (resolution < 1 or resolution % (patch or 32)):
+        raise UsageError(f"--resolution {resolution}: must be a positive multiple of {patch or 32} for {backbone}")
+    if patch in (1, None):
+        resolution = None  # open_clip resizes the positions in a file for its own ViT only; _resize does the others
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create_model(backbone, load_weights=False, pretrained_text=False, force_quick_gelu=config["quick_gelu"],
+                             force_preprocess_cfg=tag, force_image_size=resolution)
+    return model.requires_grad_(False).eval()
+
+
+def _load_weights(model, path):
+    """Fill a model from a file. -> ids of the tokens that were trained (None: all). ValueError says what is wrong."""
+    from open_clip.factory import load_checkpoint, load_state_dict, resize_pos_embed
+    with open(path, "rb") as file:
+        if file.read(64).lstrip().startswith(b"<"):
+            raise ValueError("a web page, not weights")
+    try:
+        with catch_warnings():
+            simplefilter("ignore")  # torch's, of a TorchScript archive
+            state = load_state_dict(path, weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
+        if "TorchScript" in str(error):
+            raise ValueError("a TorchScript archive (OpenAI's own form), which holds code and is refused") from None
+        raise ValueError("empty, damaged, cut short or no weights file") from None
+    try:
+        if "token_ids" not in state:
+            load_checkpoint(model, path)
+            return None
+        # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
+        token_ids = state.pop("token_ids")
+        state = {name: tensor.float() for name, tensor in state.items()}
+        table = torch.zeros_like(model.token_embedding.weight)
+        table[token_ids] = state["token_embedding.weight"]
+        state["token_embedding.weight"] = table
+        resize_pos_embed(state, model)
         model.load_state_dict(state)
-        return None if token_ids is None else set(token_ids.tolist())
+        return set(token_ids.tolist())
+    except Exception as error:  # open_clip and torch raise many kinds
+        raise ValueError(f"of another architecture ({error})") from None
 
-    remedy = f"take the .safetensors that open_clip fetches for {backbone}"
-    if backbone == "scenes":
-        remedy = f"take assets/{scenes.CHECKPOINT.name} of this repository"
-    return data.read_stored(path, "weights", read, remedy)
 
+def _resize(model, resolution):
+    """Change the resolution of a filled image tower: of timm's, or a ResNet."""
+    from open_clip.model import resize_pos_embed
+    visual = model.visual
+    if hasattr(visual, "set_input_size"):  # timm's
+        visual.set_input_size(resolution)
+    if hasattr(visual, "attnpool"):
+        # A ResNet's position embeddings are in its attention pool; open_clip interpolates them under a ViT's name.
+        visual.grid_size = (resolution // 32, resolution // 32)
+        positions = visual.attnpool.positional_embedding
+        state = {"visual.positional_embedding": positions}
+        resize_pos_embed(state, model)
+        positions.data = state["visual.positional_embedding"]
+    visual.preprocess_cfg["size"] = (resolution, resolution)
+
+
+def _hash(model, config):
+    """Hash of what a model computes: its weights, its configuration with the activation, its preprocessing. Raises
+    ValueError for weights that are not finite."""
+    described = json.dumps([config, model.visual.preprocess_cfg], sort_keys=True)
+    digest = blake2b(described.encode(), digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        if not tensor.isfinite().all():
+            raise ValueError(f"hold values that are not finite (in {name})")
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- photos -----------------------------------------------------------------------------------------------------------
 
 def load_photo(clip, photo, generator=None, smallest=1.0):
     """A photo as CLIP sees it, float32 [3, H, W], with CLIP's mean and standard deviation: its preprocessing (shorter
@@ -192,11 +242,13 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
             return clip.preprocess(image)
         width, height = image.size
         area = width * height * generator.uniform(smallest, 1)
-        aspect = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-        crop_width, crop_height = min(width, math.sqrt(area * aspect)), min(height, math.sqrt(area / aspect))
-        left, top = generator.uniform(0, width - crop_width), generator.uniform(0, height - crop_height)
+        aspect = exp(generator.uniform(log(3 / 4), log(4 / 3)))
+        crop_width = min(width, sqrt(area * aspect))
+        crop_height = min(height, sqrt(area / aspect))
+        left = generator.uniform(0, width - crop_width)
+        top = generator.uniform(0, height - crop_height)
         box = (left, top, left + crop_width, top + crop_height)
-        image = image.resize(clip.image_size[::-1], Image.Resampling.BICUBIC, box=box)
+        image = image.resize(clip.image_size[::-1], Image.BICUBIC, box)
         if generator.random() < 0.5:
             image = ImageOps.mirror(image)
         to_tensor, normalise = clip.preprocess.transforms[-2:]
@@ -207,12 +259,13 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
 
 def _decode(clip, augment, batch):
     """[(row, photo), ...] -> (numpy images [b, 3, H, W], why each cannot be read or None). In a worker process."""
-    images, wrong = np.zeros((len(batch), 3, *clip.image_size), np.float32), [None] * len(batch)
+    images = np.zeros((len(batch), 3, *clip.image_size), np.float32)
+    wrong = [None] * len(batch)
     seed, epoch, smallest = augment or (None, None, 1.0)
     for place, (row, photo) in enumerate(batch):
-        generator = np.random.default_rng([seed, epoch, row]) if augment else None
+        generator = augment and np.random.default_rng([seed, epoch, row])
         try:
-            images[place] = load_photo(clip, photo, generator, smallest).numpy()
+            images[place] = load_photo(clip, photo, generator, smallest)
         except UsageError as error:
             wrong[place] = str(error)
     return images, wrong
@@ -223,156 +276,206 @@ def decoded(clip, photos, batches, workers, augment=None, naming=True):
     row indices (int) into photos; augment: None, or (seed, epoch, smallest share of the area) for random crops that
     hang on (seed, epoch, row) alone. -> iterator over (images float32 [b, 3, H, W], readable bool [b]). A photo that
     cannot be read is all zeros, and is named once on stderr (unless naming is False)."""
+    batches = list(batches)
+    if workers is None:
+        workers = 16
+    if len(batches) < 2:
+        workers = 0
     # Workers hand over numpy arrays, which go through a pipe: tensors would go through /dev/shm, and Docker's 64 MB of
     # it do not hold a batch. The generator, because a DataLoader otherwise draws from torch's global one.
-    batches, decode = list(batches), functools.partial(_decode, clip._replace(model=None, tokenizer=None), augment)
-    loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode, generator=torch.Generator(),
-                        num_workers=min(16 if workers is None else workers, os.cpu_count()) if len(batches) > 1 else 0)
+    decode = functools.partial(_decode, clip._replace(model=ImportsFirst(), tokenizer=None), augment)
+    loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode,
+                        num_workers=min(workers, os.cpu_count()), generator=torch.Generator())
     for images, wrong in loader:
-        for reason in filter(None, wrong if naming else []):
-            say_once(f"{reason}; left out")
-        images = torch.from_numpy(images)
-        yield images.pin_memory() if torch.cuda.is_available() else images, torch.tensor([not one for one in wrong])
+        for reason in wrong:
+            if reason and naming:
+                say_once(f"{reason}; left out")
+        yield torch.from_numpy(images), torch.tensor([reason is None for reason in wrong])
 
 
-def _cache_file(cache, kind, key_parts):
-    digest = hashlib.blake2b("\0".join(key_parts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-    return Path(cache) / f"{kind}-{digest}.safetensors" if cache else None
+# --- cache ------------------------------------------------------------------------------------------------------------
 
+class Cache:
+    """Rows of tensors in SQLite, by what encoded them and of what. All features*.sqlite of a folder are read, one is
+    written: under torchrun each process has its own. A damaged file is set aside and made anew; what cannot be opened
+    or written is done without, said once. folder None: keeps nothing."""
 
-def _cached(path, compute):
-    """compute() -> dict of tensors, kept in the file at path (None: nowhere). Written atomically: a file is whole
-    whatever is killed. A damaged one is made anew, a cache that cannot be written is done without."""
-    if path and path.exists():
+    def __init__(self, folder):
+        self.connections = {}  # {path: connection}
+        self.paths = []  # the first is written, too
+        if folder:
+            own = "features.sqlite"
+            if distributed.is_initialized():
+                own = f"features.{distributed.get_rank()}.sqlite"
+            self.paths = [Path(folder, own), *Path(folder).glob("features*.sqlite")]
+
+    def get(self, encoder, item):
+        """-> {name: tensor}, or None if there is no such row."""
+        for path in self.paths:
+            found = self.run(path, "SELECT tensors FROM features WHERE encoder = ? AND item = ?", [(encoder, item)])
+            if found:
+                return found[0]
+        return None
+
+    def put(self, encoder, rows):
+        """Store {item: {name: tensor}} in one transaction."""
+        values = [(encoder, item, save(tensors)) for item, tensors in rows.items()]
+        for path in self.paths[:1]:
+            self.run(path, "INSERT OR REPLACE INTO features VALUES (?, ?, ?)", values)
+
+    def run(self, path, command, rows):
+        """Give an SQL command to a file, once for each row of values. -> list of the {name: tensor} that it finds"""
         try:
-            return data.read_stored(path, "cache file", safetensors.torch.load_file, "made anew")
-        except UsageError as error:
-            say(str(error))
-    tensors = compute()
-    try:
-        if path:
-            data.write_atomically(path, safetensors.torch.save(tensors))
-    except UsageError as error:
-        say_once(f"cache {path.parent}: not written, going on without ({error})")
-    return tensors
+            if path not in self.connections:
+                os.makedirs(path.parent, exist_ok=True)
+                self.connections[path] = sqlite3.connect(path, timeout=60)  # seconds to wait for another run
+                self.connections[path].execute("CREATE TABLE IF NOT EXISTS features "
+                                               "(encoder TEXT, item TEXT, tensors BLOB, PRIMARY KEY (encoder, item))")
+            with self.connections[path] as connection:
+                return [load(tensors) for values in rows for (tensors,) in connection.execute(command, values)]
+        except (OSError, sqlite3.OperationalError) as error:  # such as no permission, disk full, locked
+            say_once(f"cache {path}: going on without ({error})")
+        except (sqlite3.DatabaseError, SafetensorError, TypeError) as error:
+            self.connections.pop(path).close()
+            with suppress(OSError):
+                os.replace(path, f"{path}.damaged")
+            say_once(f"cache {path}: damaged ({error}); renamed to .damaged and made anew")
+        return []
 
+
+def _identity(photo):
+    """What stands for a photo in the cache: its name, size, time and last 16 kB, since cameras use names again; not its
+    folder, which may be moved. Of scenes: which picture, and the drawing code."""
+    if isinstance(photo, tuple):
+        return f"{photo} {scenes.DIGEST}"
+    try:
+        with open(photo, "rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(max(status.st_size - 16384, 0))
+            end = blake2b(file.read()).hexdigest()
+    except OSError:
+        return ascii(photo)  # it cannot be encoded either
+    return ascii((os.path.basename(photo), status.st_size, status.st_mtime_ns, end))
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
 
 def _encode_text(model, tokens):
-    """model.encode_text without the positions behind the longest text's end, which a causal encoder does not need."""
+    """model.encode_text without the positions behind the longest text's end, which CLIP's causal encoder, asked at the
+    end token, does not need."""
+    if getattr(model, "text_pool_type", None) != "argmax" or model.attn_mask is None:
+        return model.encode_text(tokens, normalize=False)
     ends = tokens.argmax(-1)
     longest = int(ends.max()) + 1
     x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
-    return x[torch.arange(len(tokens), device=x.device), ends] @ model.text_projection
+    return x[torch.arange(len(tokens)), ends] @ model.text_projection
 
 
-@torch.no_grad()
 def embed_texts(clip, texts, cache=None, batch_size=256, quiet=True):
     """Text embeddings, raw (not normalised), float32 [N, D] on the CPU. Texts past the context length are cut and
     counted in one line; words that the tiny CLIP of scenes was not trained on are named. quiet: no progress bar."""
-    device, limit = clip.model.logit_scale.device, clip.tokenizer.context_length
-    # A token is at least a byte, and two more mark start and end: shorter texts fit.
-    tokens = [clip.tokenizer.encode(text) for text in texts if clip.known_tokens or len(text.encode()) + 2 > limit]
-    cut = sum(len(ids) + 2 > limit for ids in tokens)
-    unknown = dict.fromkeys(token for ids in tokens for token in ids if token not in (clip.known_tokens or ids))
+    _check_texts(clip, texts)
+    store = Cache(cache)
+    encoder = f"text {clip.key} {clip.precision}"
+    rows = {text: store.get(encoder, text) for text in texts}
+    missing = sorted((text for text in rows if not rows[text]), key=len)
+    for start in tqdm(range(0, len(missing), batch_size), "embedding texts", disable=quiet or None):
+        batch = missing[start:start + batch_size]
+        with torch.no_grad(), autocast(clip.device, clip.precision):
+            embeddings = _encode_text(clip.model, clip.tokenizer(batch).to(clip.device)).float().cpu()
+        fresh = {text: {"embedding": row} for text, row in zip(batch, embeddings, strict=True)}
+        store.put(encoder, fresh)
+        rows |= fresh
+    return torch.stack([rows[text]["embedding"] for text in texts])
+
+
+def _check_texts(clip, texts):
+    """Say how many texts are too long, and which words the tiny CLIP does not know."""
+    limit = clip.tokenizer.context_length
+    # A token is at least a byte, and two more mark start and end: shorter texts fit. The empty text ends in padding.
+    long = [text for text in texts if len(text.encode()) + 2 > limit]
+    last = clip.tokenizer([*long, ""], limit + 1)[:, -1]
+    cut = int((last != last[-1]).sum())
     if cut:
         say(f"{cut} of {len(texts)} texts are longer than {limit} tokens and were cut")
-    if unknown:
-        words = ", ".join(clip.tokenizer.decode([token]).strip() for token in [*unknown][:10])
-        say(f"the {clip.name} CLIP has never seen: {words}; such words mean nothing to it")
-
-    def compute(block):
-        tokens, rows = clip.tokenizer(block), []
-        by_length = tokens.argmax(-1).argsort(stable=True)
-        with autocast(device, clip.precision):
-            for batch in by_length.split(batch_size):
-                rows.append(_encode_text(clip.model, tokens[batch].to(device)).float().cpu())
-                bar.update(len(batch))
-        return {"embeddings": torch.cat(rows)[by_length.argsort()]}
-
-    bar = tqdm(total=len(texts), desc="embedding texts", unit="text", disable=quiet or None)
-    blocks = [texts[start:start + TEXTS] for start in range(0, len(texts), TEXTS)]
-    files = [_cache_file(cache, "texts", [clip.key, clip.precision, *block]) for block in blocks]
-    return torch.cat([_cached(file, functools.partial(compute, block))["embeddings"]
-                      for file, block in zip(files, blocks, strict=True)])
+    if clip.known_tokens:
+        used = dict.fromkeys(token for text in texts for token in clip.tokenizer.encode(text))
+        unknown = [clip.tokenizer.decode([token]).strip() for token in used if token not in clip.known_tokens]
+        if unknown:
+            words = ", ".join(unknown[:10])
+            say(f"the {clip.name} CLIP has never seen: {words}; such words mean nothing to it")
 
 
-def _photo_identity(photo):
-    """What a photo's embedding hangs on: the drawing code; or a file's place, size and time, if it may be read."""
-    if isinstance(photo, tuple):
-        return f"{photo} {scenes.DIGEST}"
-    status = os.stat(photo) if os.access(photo, os.R_OK) else None
-    return f"{os.path.abspath(photo)} {status and (status.st_size, status.st_mtime_ns)}"
+# --- photos, encoded --------------------------------------------------------------------------------------------------
 
-
-@torch.no_grad()
-def stream_photos(clip, photos, kind="photos", encode=None, cache=None, workers=None, quiet=False):
-    """Photos through the image tower, block by block, in their order. encode: images [b, 3, H, W] -> dict of tensors
-    [b, ...]; None: {"embeddings": of encode_image}. -> iterator over (indices of a block's readable photos, the dict of
-    their tensors, on the CPU). What cannot be read is named at the end. A block is in the cache as soon as it is done.
-    Under torchrun the blocks are divided among the processes of a machine, and read back from the cache."""
-    device, bad = clip.model.logit_scale.device, []
-    encode = encode or (lambda images: {"embeddings": clip.model.encode_image(images).float()})
-    blocks = [range(start, min(start + PHOTOS, len(photos))) for start in range(0, len(photos), PHOTOS)]
-    keys = ([clip.key, clip.precision, *(_photo_identity(photos[row]) for row in block)] for block in blocks)
-    files = {block: _cache_file(cache, kind, key) for block, key in zip(blocks, keys, strict=True)}
-    bar = tqdm(total=len(photos), desc="embedding photos", unit="photo", disable=quiet or not sys.stderr.isatty())
-
-    def encoded(blocks):
-        fresh = dict.fromkeys(block for block in blocks if not (files[block] and files[block].exists()))
-        images_of = decoded(clip, photos, fresh, workers, naming=False)
-
-        def compute(block):
-            again = decoded(clip, photos, [block], 0, naming=False)  # of a damaged cache file
-            images, readable = next(images_of if block in fresh else again)
-            with autocast(device, clip.precision):
-                tensors = encode(images.to(device, non_blocking=True))
-            return {name: tensor.cpu()[readable] for name, tensor in tensors.items()} | {"readable": readable}
-        for block in blocks:
-            yield block, _cached(files[block], functools.partial(compute, block))
-            bar.update(len(block))
-
-    if torch.distributed.is_initialized() and cache:
-        for _ in encoded(blocks[int(os.environ["LOCAL_RANK"])::int(os.environ["LOCAL_WORLD_SIZE"])]):
+def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet=False, share=True):
+    """Photos through an encoder, a row each, in their order; what is in the cache is not computed again. encoder: what
+    computes the values, as a str; encode: images [b, 3, H, W] -> dict of tensors [b, ...]. -> generator of (row in
+    photos, {name: tensor} on the CPU, or None if the photo cannot be read). Such photos are named at the end.
+    share: under torchrun each process first encodes its part of the photos into the cache."""
+    if share and cache and distributed.is_initialized():
+        part = photos[distributed.get_rank()::distributed.get_world_size()]
+        for _ in encode_photos(clip, part, encoder, encode, cache, workers, quiet, share=False):
             pass
-        torch.distributed.barrier()
-    for block, tensors in encoded(blocks):
-        readable = tensors.pop("readable").numpy()
-        bad += [photos[row] for row in np.array(block)[~readable]]
-        yield np.array(block)[readable], tensors
-    bar.close()
+        distributed.barrier()
+    store = Cache(cache)
+    keys = [_identity(photo) for photo in photos]
+    missing = [row for row, key in enumerate(keys) if not store.get(encoder, key)]
+    batch_at = {missing[start]: missing[start:start + BATCH] for start in range(0, len(missing), BATCH)}
+    images_of = decoded(clip, photos, batch_at.values(), workers, naming=False)
+    fresh = {}  # of the batch at hand
+    bad = []
+    for row, key in enumerate(tqdm(keys, "embedding photos", disable=quiet or None)):
+        if row in batch_at:
+            images, readable = next(images_of)
+            with torch.no_grad(), autocast(clip.device, clip.precision):
+                tensors = encode(images.to(clip.device))
+            fresh = {}
+            for place, other in enumerate(batch_at[row]):
+                if readable[place]:
+                    fresh[keys[other]] = {name: values[place].cpu().contiguous() for name, values in tensors.items()}
+            store.put(encoder, fresh)
+        encoded = fresh.get(key) or store.get(encoder, key)
+        if not encoded:
+            bad.append(photos[row])
+        yield row, encoded
     for photo in bad[:20]:
         try:
             load_photo(clip, photo)
         except UsageError as error:
             say(f"{error}; left out")
     if bad:
-        say(f"{len(bad)} of {len(photos)} photos could not be read" + ", the first 20 named above" * (len(bad) > 20))
+        say(f"{len(bad)} of {len(photos)} photos could not be read; the first 20 are named above")
 
 
-def _joined(blocks):
-    """What stream_photos gives -> ({name: tensor of all}, indices [K]). Raises UsageError if no photo could be read."""
-    kept, parts = zip(*blocks, strict=True)
-    if not sum(map(len, kept)):
+def _embed(clip, photos, kind, encode, cache, workers, quiet):
+    """What encode_photos gives -> ({name: tensor of all}, rows [K]). Raises UsageError if no photo could be read."""
+    encoder = f"{kind} {clip.key} {clip.precision}"
+    encoded = dict(encode_photos(clip, photos, encoder, encode, cache, workers, quiet))
+    rows = [row for row in encoded if encoded[row]]
+    if not rows:
         raise UsageError("no photo could be read; check the files named above")
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, np.concatenate(kept)
+    return default_collate([encoded[row] for row in rows]), np.array(rows)
 
 
 def embed_photos(clip, photos, cache=None, workers=None, quiet=False):
     """Global image embeddings, raw. photos: paths or scenes' (split, index). A photo that cannot be read is named and
-    left out. -> (float32 [K, D] on the CPU, indices [K] of those that were read). Raises UsageError if none was."""
-    tensors, kept = _joined(stream_photos(clip, photos, cache=cache, workers=workers, quiet=quiet))
-    return tensors["embeddings"], kept
+    left out. -> (float32 [K, D] on the CPU, rows [K] of those that were read). Raises UsageError if none was."""
+    def encode(images):
+        return {"embedding": clip.model.encode_image(images, normalize=False).float()}
+    tensors, rows = _embed(clip, photos, "image", encode, cache, workers, quiet)
+    return tensors["embedding"], rows
 
 
 def embed_regions(clip, photos, image_features, cache=None, workers=None, quiet=False):
     """Global and region features, raw. image_features: (image tower, images) -> (x0 [b, D], X [b, M, D]).
-    -> (float32 [K, D], float16 [K, M, D], indices [K] of the photos that were read); otherwise as embed_photos."""
+    -> (float32 [K, D], float16 [K, M, D], rows [K] of the photos that were read); otherwise as embed_photos."""
     def encode(images):
-        embeddings, regions = image_features(clip.model.visual, images)
-        return {"embeddings": embeddings.float(), "regions": regions.half()}
-    tensors, kept = _joined(stream_photos(clip, photos, "regions", encode, cache, workers, quiet))
-    return tensors["embeddings"], tensors["regions"], kept
+        x0, X = image_features(clip.model.visual, images)
+        return {"x0": x0.float(), "X": X.half()}
+    tensors, rows = _embed(clip, photos, "regions", encode, cache, workers, quiet)
+    return tensors["x0"], tensors["X"], rows
 
 
 def download_voc2007(root):
