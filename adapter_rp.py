@@ -426,12 +426,12 @@ class Tagger:
 
     def encode(self, images):
         """[b, 3, H, W] -> what is cached of each photo"""
-        return {"embeddings": self.clip.model.encode_image(images).float()}
+        return {"embedding": self.clip.model.encode_image(images, normalize=False).float()}
 
     @torch.no_grad()
     def scores_of(self, features):
         """What encode gave -> float64 [b, C] in 0..1"""
-        x = prepared(self.config, features["embeddings"].to(self.clip.device))
+        x = prepared(self.config, features["embedding"].to(self.clip.device))
         return torch.sigmoid(self.adapter(x, self.label_embeddings).double()).cpu()
 
 

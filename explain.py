@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
+import datasets
 import embed
 import pictures
 import run
@@ -60,9 +60,9 @@ def explain(model, path, image, top_k, target):
     label_gate = mean_channel(prediction.label_gate)
     region_gate = mean_channel(prediction.region_gate)
     boxes = ()
-    places = data.boxes_of(path, model.labels)
+    places = datasets.boxes_of(path, model.labels)
     if places is not None:
-        boxes, _ = data.in_view(*places)
+        boxes, _ = datasets.in_view(*places)
     seen = pictures.as_seen(image.numpy(), clip.preprocess.transforms[-1])
     pictures.explanation(target, path.name, seen, model.labels, scores, strongest, maps, region_gate, label_gate, boxes)
 

@@ -488,12 +488,11 @@ def commit():
     """The git commit this file is at, "+" when the tree has changes, "unknown" outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True,
-                                 check=True)
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
+        changes = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    return head.strip() + ("+" if changes else "")
 
 
 def new_record(method, config, argv, device, names, trained, truth, first_tries):

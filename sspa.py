@@ -520,6 +520,7 @@ class Photos(NamedTuple):
 
 def check_clip(clip):
     """SSPA needs CLIP's causal text transformer and region tokens. Raises UsageError for a backbone without."""
+    return
 
 
 def names_of(config):

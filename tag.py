@@ -150,7 +150,7 @@ def line_of(photo, scores, labels, options):
 
 
 def write_files(model, photos, options):
-    """DIR/tags.jsonl, contact_sheet.png and, with --html, tags.html; nothing that was there is replaced before the end"""
+    """DIR/tags.jsonl, contact_sheet.png and, with --html, tags.html; what was there is replaced at the end alone."""
     folder = Path(options.output)
     lock = data.hold(folder / ".lock", f"--output {folder}")
     partial = folder / "tags.jsonl.partial"
