@@ -520,7 +520,18 @@ class Photos(NamedTuple):
 
 def check_clip(clip):
     """SSPA needs CLIP's causal text transformer and region tokens. Raises UsageError for a backbone without."""
-    return
+    open_clip = embed.import_open_clip()
+    visual = clip.model.visual
+    reason = None
+    if not isinstance(clip.model, open_clip.model.CLIP) or clip.model.attn_mask is None:
+        reason = "its text tower is not CLIP's causal transformer, whose words SSPA learns"
+    elif isinstance(visual, open_clip.transformer.VisionTransformer):
+        if visual.pool_type != "tok" or visual.attn_pool is not None or visual.proj is None:
+            reason = "its image tower pools otherwise than by a class token, so regions have no place in the joint space"
+    elif not hasattr(visual, "attnpool"):
+        reason = "its image tower gives no region tokens in the joint space"
+    if reason:
+        raise UsageError(f"--backbone {clip.name}: {reason}; take a ViT or ResNet of OpenAI's kind, or adapter_rp.py")
 
 
 def names_of(config):
