@@ -519,19 +519,27 @@ class Photos(NamedTuple):
 
 
 def check_clip(clip):
-    """SSPA needs CLIP's causal text transformer and region tokens. Raises UsageError for a backbone without."""
-    open_clip = embed.import_open_clip()
-    visual = clip.model.visual
+    """Raises UsageError for a CLIP that SSPA cannot be built on: it puts prompts into CLIP's causal text transformer, and
+    reads region features from the tokens (ViT) or the attention pool (ResNet) of its image tower."""
+    from open_clip.model import CLIP
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+    model = clip.model
+    visual = model.visual
     reason = None
-    if not isinstance(clip.model, open_clip.model.CLIP) or clip.model.attn_mask is None:
-        reason = "its text tower is not CLIP's causal transformer, whose words SSPA learns"
-    elif isinstance(visual, open_clip.transformer.VisionTransformer):
-        if visual.pool_type != "tok" or visual.attn_pool is not None or visual.proj is None:
-            reason = "its image tower pools otherwise than by a class token, so regions have no place in the joint space"
-    elif not hasattr(visual, "attnpool"):
-        reason = "its image tower gives no region tokens in the joint space"
+    if not isinstance(model, CLIP) or not isinstance(model.transformer.resblocks[0], ResidualAttentionBlock):
+        reason = "its text encoder is not CLIP's transformer"
+    elif model.attn_mask is None or model.text_pool_type != "argmax":
+        reason = "its text encoder is not causal, or not read at the end token"
+    elif not isinstance(model.text_projection, nn.Parameter) or not hasattr(clip.tokenizer, "encode"):
+        reason = "its text encoder has another projection or tokenizer than CLIP's"
+    elif isinstance(visual, VisionTransformer):
+        if visual.pool_type != "tok" or visual.attn_pool is not None:
+            reason = "its image tower does not end in a class token, so that its patch tokens are no region features"
+    elif not isinstance(visual, ModifiedResNet):
+        reason = "its image tower is neither CLIP's ViT nor CLIP's ResNet, so that there are no region features"
     if reason:
-        raise UsageError(f"--backbone {clip.name}: {reason}; take a ViT or ResNet of OpenAI's kind, or adapter_rp.py")
+        raise UsageError(f"--backbone {clip.name}: SSPA cannot use it: {reason}; choose a ViT or ResNet such as ViT-B-16")
 
 
 def names_of(config):
