@@ -377,7 +377,10 @@ def list_photos(path):
     photos = []
     heic = []
     closed = []
-    for folder, inner, files in os.walk(path, onerror=lambda error: closed.append(Path(error.filename))):
+
+    def note(error):
+        closed.append(Path(error.filename))
+    for folder, inner, files in os.walk(path, onerror=note):
         inner[:] = [name for name in inner if not name.startswith(".")]
         closed += filter(Path.is_symlink, [Path(folder, name) for name in inner])
         for file in [Path(folder, name) for name in files if not name.startswith(".")]:

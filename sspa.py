@@ -70,6 +70,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import datasets
 import embed
 import metrics
 import pictures
@@ -694,7 +695,7 @@ def find_photos(config, *splits):
     if config.photo_count and "train" in found:
         part = found["train"]
         rows = np.sort(np.random.default_rng(0).permutation(len(part.photos))[:config.photo_count])
-        found["train"] = part._replace(photos=[part.photos[row] for row in rows], labels=part.labels[rows])
+        found["train"] = part.at(rows)
     return found
 
 
@@ -887,8 +888,9 @@ def explain(config, clip, model, names, device, folder):
                                    for gate in (prediction.label_gate, prediction.region_gate))
         strongest = np.argsort(-scores, kind="stable")[:config.top_k or 3]
         target = folder / "explain" / f"{drawn:03d}_{path.stem[:60]}.png"
-        seen, places = pictures.as_seen(images[0].numpy(), clip.preprocess.transforms[-1]), data.boxes_of(path, names)
-        boxes = () if places is None else data.in_view(*places)[0]
+        seen = pictures.as_seen(images[0].numpy(), clip.preprocess.transforms[-1])
+        places = datasets.boxes_of(path, names)
+        boxes = () if places is None else datasets.in_view(*places)[0]
         pictures.explanation(target, path.name, seen, names, scores, strongest, maps, region_gate, label_gate, boxes)
         print(target)
         drawn += 1
