@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import datasets
 import embed
 import metrics
 import sspa
@@ -92,7 +93,7 @@ def of_gradient(model, prompts, x0, X, labels):
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 def targets_of(boxes):
-    """Boxes of one label, rows of data.in_view -> (marks int8 [P, P]: 1 in a clear box, -1 in another, else 0;
+    """Boxes of one label, rows of datasets.in_view -> (marks int8 [P, P]: 1 in a clear box, -1 in another, else 0;
     near bool [P, P]: in or within TOLERANCE of any)"""
     at = (np.arange(POINTS) + 0.5) / POINTS
     marks, near = np.zeros((POINTS, POINTS), np.int8), np.zeros((POINTS, POINTS), bool)
@@ -117,9 +118,9 @@ def judged(maps, marks, near):
 def questions(photo, truth, names, row):
     """What is asked of a photo -> [(label, an absent label, marks, near, pixels of its largest clear box), ...], number
     of things that the crop cuts off. truth: int8 [C]; row seeds the draw of absent labels. UsageError: no boxes."""
-    if (places := data.boxes_of(photo, names)) is None:
+    if (places := datasets.boxes_of(photo, names)) is None:
         raise UsageError(f"photo {photo}: no boxes are known; use scenes, voc2007 or coco2014")
-    boxes, kept = data.in_view(*places)
+    boxes, kept = datasets.in_view(*places)
     pixels = (places[0][kept, 3:5] - places[0][kept, 1:3]).prod(1)
     if isinstance(photo, tuple):
         boxes[:, 5] = 1  # what is hidden in a drawn scene is asked for, as it is labelled

@@ -12,6 +12,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 import data
+import datasets
 import embed
 import run
 import scenes
@@ -26,10 +27,10 @@ import localize
 def test_boxes_in_the_square_that_clip_sees():
     """A photo of 200 x 100: CLIP sees columns 50 to 150. Inside; cut in half; cut by more; as wide as the photo."""
     boxes = np.array([[3, 60, 10, 100, 50, 1], [4, 40, 0, 60, 100, 0], [5, 30, 0, 55, 20, 1], [6, 0, 0, 200, 100, 1.0]])
-    seen, kept = data.in_view(boxes, (200, 100))
+    seen, kept = datasets.in_view(boxes, (200, 100))
     assert kept.tolist() == [True, True, False, True]
     np.testing.assert_allclose(seen, [[3, 0.1, 0.1, 0.5, 0.5, 1], [4, 0, 0, 0.1, 1, 0], [6, 0, 0, 1, 1, 1]])
-    turned, _ = data.in_view(boxes[:, [0, 2, 1, 4, 3, 5]], (100, 200))
+    turned, _ = datasets.in_view(boxes[:, [0, 2, 1, 4, 3, 5]], (100, 200))
     np.testing.assert_allclose(turned, seen[:, [0, 2, 1, 4, 3, 5]])
 
 
@@ -45,7 +46,7 @@ def test_a_box_is_where_clips_own_preprocessing_puts_its_content(tmp_path, backb
     image = embed.load_photo(clip, tmp_path / "photo.png")
     rows, columns = np.nonzero((image[0] > (image[0].max() + image[0].min()) / 2).numpy())
     found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / len(image[0])
-    (box,), _ = data.in_view(np.array([[0, left, top, right, bottom, 1.0]]), size)
+    (box,), _ = datasets.in_view(np.array([[0, left, top, right, bottom, 1.0]]), size)
     np.testing.assert_allclose(found, box[1:5], atol=1.5 / len(image[0]))
 
 
@@ -68,15 +69,15 @@ def test_boxes_of_scenes_hold_the_things(tmp_path, command):
         patch.setattr(scenes, "layout", lambda rng: ("sea", hidden))
         assert [place[5] for place in scenes.boxes("test", 0)] == [0, 1]
     command("scenes.py", "draw", tmp_path, "--first", 7, "--count", 1)
-    boxes, size = data.boxes_of(tmp_path / "scene_007.png", scenes.NAMES)
+    boxes, size = datasets.boxes_of(tmp_path / "scene_007.png", scenes.NAMES)
     assert size == (192, 192) and len(boxes) == len(scenes.boxes("test", 7))
-    np.testing.assert_array_equal(boxes, data.boxes_of(("test", 7), scenes.NAMES)[0])
+    np.testing.assert_array_equal(boxes, datasets.boxes_of(("test", 7), scenes.NAMES)[0])
 
 
 def test_boxes_of_real_photos(shared):
     """VOC's XML by text search; COCO's annotations by their own table; a photo elsewhere has none."""
     photo = shared / "VOCdevkit/VOC2007/JPEGImages/000001.jpg"
-    boxes, size = data.boxes_of(photo, ["person", "dog"])
+    boxes, size = datasets.boxes_of(photo, ["person", "dog"])
     xml = (shared / "VOCdevkit/VOC2007/Annotations/000001.xml").read_text()
     corners = [[int(re.search(f"<{side}>(\\d+)<", part)[1]) for side in ("xmin", "ymin", "xmax", "ymax")]
                for part in xml.split("<object>")[1:]]
@@ -84,13 +85,13 @@ def test_boxes_of_real_photos(shared):
     content = json.loads((shared / "coco_mini/annotations/instances_val2017.json").read_text())
     names, count = data.label_names("coco2014"), 0
     for entry in content["images"]:
-        boxes, size = data.boxes_of(shared / "coco_mini/val2017" / entry["file_name"], names)
+        boxes, size = datasets.boxes_of(shared / "coco_mini/val2017" / entry["file_name"], names)
         own = [one for one in content["annotations"] if one["image_id"] == entry["id"]]
         assert size == (entry["width"], entry["height"]) and (1 - boxes[:, 5]).sum() == sum(x["iscrowd"] for x in own)
         widths = (boxes[:, 3:5] - boxes[:, 1:3]).round(3).tolist()
         assert widths == [[round(length, 3) for length in one["bbox"][2:]] for one in own]
         count += len(boxes)
-    assert count > 500 and data.boxes_of(REPOSITORY / "assets/sspa_miss.png", names) is None
+    assert count > 500 and datasets.boxes_of(REPOSITORY / "assets/sspa_miss.png", names) is None
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def test_the_command_line(models, command, tmp_path):
     row = rf"similarity after GDMA +{np.mean(hits):.1f} ±{np.std(hits, ddof=1):.1f} "
     assert re.search(rf"SSPA: scenes, 40 photos, \d+ things.*\n\n.*\n(.*\n)+{row}", stdout)
     assert stdout.count("DSF attention") == 1 and stdout.count("\nchance") == 2
-    assert found[0]["asked"] == sum(scenes.labels_of("test", index).sum() for index in range(40))
+    assert found[0]["asked"] == sum(scenes.labels_of("test", index).sum() for index in data.drawn(2000, 40).tolist())
     assert re.fullmatch(r"\('test', \d+\)", found[0]["examples"]["median"])
     (tmp_path / "photos").mkdir()
     for name in "abcde":
@@ -207,7 +208,7 @@ def test_real_boxes_end_to_end(shared, tmp_path, capsys):
                    "--output", str(tmp_path / "maps"), "--cache", str(tmp_path / "cache")])
     found, = json.loads((tmp_path / "maps/localize.json").read_text())["models"]
     photos = data.load_photos("voc2007", shared, "test", 30)
-    clear = [data.boxes_of(photo, photos.names) for photo in photos.photos]
-    asked = sum(len({box[0] for box in data.in_view(*places)[0] if box[5]}) for places in clear)
+    clear = [datasets.boxes_of(photo, photos.names) for photo in photos.photos]
+    asked = sum(len({box[0] for box in datasets.in_view(*places)[0] if box[5]}) for places in clear)
     assert found["asked"] == asked > 30 and found["cut off"] > 0 and "VOC" not in capsys.readouterr().err
     assert found["maps"][localize.CHANCE]["pointing"] < found["maps"][localize.CENTRE]["pointing"]
