@@ -361,8 +361,9 @@ def train(config, inputs, seed, device, folder):
 
     for epoch in range(progress.epochs_done, config.epochs):
         epoch_loss = 0.0
-        order = torch.randperm(count, generator=seeded(seed, epoch, "cpu")).to(device)
-        generator = seeded(seed, epoch, device)
+        stream = seed * 100_003 + epoch + 1
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(stream)).to(device)
+        noise_generator = torch.Generator(device).manual_seed(2 ** 60 + stream)
         for step in range(steps):
             # learning rate: cosine to 0  [choice D8]
             done = (epoch * steps + step) / total_steps
@@ -372,7 +373,7 @@ def train(config, inputs, seed, device, folder):
 
             # texts with fresh noise
             rows = order[step * config.batch_size:(step + 1) * config.batch_size]
-            x = perturb(texts[rows], config.noise_std, noise_law, mean_norm, generator)      # [B, D]
+            x = perturb(texts[rows], config.noise_std, noise_law, mean_norm, noise_generator)        # [B, D]
 
             # loss and step
             loss = text_loss(config, adapter, x, text_labels[rows], label_embeddings)
@@ -384,10 +385,6 @@ def train(config, inputs, seed, device, folder):
         progress.end_epoch(float(epoch_loss) / steps, lr,
                            f"--lr (now {config.lr:g}) or --noise-std (now {config.noise_std:g})")
     return adapter
-
-
-def seeded(seed, epoch, device):
-    return torch.Generator(device).manual_seed(seed * 100_003 + epoch + 1)
 
 
 # --- score ------------------------------------------------------------------------------------------------------------
