@@ -82,11 +82,9 @@ def write_atomically(path, content):
     """Write str or bytes so that the path holds the old content or the new, never a part. Raises UsageError."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    if isinstance(content, str):
-        content = content.encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(partial, path)
     except OSError as error:
         if partial.is_file():
@@ -251,15 +249,14 @@ def read_labelled_texts(path, names):
         remedy = 'each line must be {"text": ..., "labels": [label names]}'
         with reading(f"{path}, line {number}", "text file", remedy):
             entry = json.loads(line)
-            text = entry["text"].strip()
             marked = list.copy(entry["labels"])  # raises TypeError for anything but a list
             for label in marked:
                 if label not in names:
-                    near = difflib.get_close_matches(str(label), names, 1)
-                    raise ValueError(f"label '{label}' is not in the label list; did you mean {near or names[:5]}?")
-        if text:
-            texts.append(text)
-            labels.append([name in marked for name in names])
+                    near = difflib.get_close_matches(str(label), names, 1, 0)
+                    raise ValueError(f"label '{label}' is not in the label list, where the nearest is {near}")
+            if entry["text"].strip():
+                texts.append(entry["text"].strip())
+                labels.append([name in marked for name in names])
     return texts, np.array(labels, np.int8).reshape(-1, len(names))
 
 
@@ -267,10 +264,10 @@ def read_captions(path, form):
     """The captions of a file of COCO's form (".json"), else its lines -> list of str. Raises UsageError."""
     if form == ".json":
         with reading(path, "text file", "give COCO's captions"):
-            captions = [entry["caption"].strip() for entry in read_json(path, "text file")["annotations"]]
+            captions = [entry["caption"] for entry in read_json(path, "text file")["annotations"]]
     else:
-        captions = [line.strip() for line in read_text(path, "text file").split("\n")]  # splitlines cuts at U+2028 too
-    return [caption for caption in captions if caption]
+        captions = read_text(path, "text file").split("\n")  # splitlines cuts at U+2028 too
+    return [caption.strip() for caption in captions if caption.strip()]
 
 
 def read_texts(path, names, synonyms=None):
@@ -295,24 +292,23 @@ def descriptions_of(dataset, names, path=None):
     """What each label looks like -> {name: sentence}; from path, else assets/descriptions/<dataset>.json, in the form
     {"descriptions": {name: sentence}} or the inner table alone. Labels without a sentence are left out and named: the
     caller's template stands alone there. Raises UsageError for another form, or if no label is described."""
-    shipped = path is None
-    if shipped:
-        path = ASSETS / "descriptions" / f"{dataset}.json"
-        if not path.is_file():
-            say(f"{dataset}: no descriptions of its labels, the template stands alone; --descriptions FILE gives them")
-            return {}
-    with reading(path, "description file", 'it must be {"descriptions": {label: sentence, ...}}'):
-        content = read_json(path, "description file")
+    source = path or ASSETS / "descriptions" / f"{dataset}.json"
+    if path is None and not source.is_file():
+        say(f"{dataset}: no descriptions of its labels, the template stands alone; --descriptions FILE gives them")
+        return {}
+    with reading(source, "description file", 'it must be {"descriptions": {label: sentence, ...}}'):
+        content = read_json(source, "description file")
         content = content.get("descriptions", content)
         table = {name: " ".join(text.split()) for name, text in content.items()}
     found = {name: table[name] for name in names if table.get(name)}
     missing = [name for name in names if name not in found]
     extra = [name for name in table if name not in names]
-    if not found and not shipped:
+    if path and not found:
         raise UsageError(f"description file {path}: describes none of {', '.join(names[:5])} ...; check the names")
     if missing:
-        say(f"{path}: the template stands alone for {len(missing)} of {len(names)} labels ({', '.join(missing[:10])})")
-    if extra and not shipped:
+        some = ", ".join(missing[:10])
+        say(f"{source}: the template stands alone for {len(missing)} of {len(names)} labels ({some})")
+    if path and extra:
         say(f"{path}: {len(extra)} descriptions of other labels not used ({', '.join(extra[:5])})")
     return found
 
@@ -325,11 +321,10 @@ def default_texts(dataset, names, count):
         return *template_texts(names, count), "template sentences"
     texts, labels = scenes.sentences(count, 0)
     labels = labels[:, [scenes.NAMES.index(name) for name in names]].astype(np.int8)
+    rows = np.arange(count)
     if len(names) >= FEW:
         rows = np.flatnonzero(labels.any(1))
-        texts = [texts[row] for row in rows]
-        labels = labels[rows]
-    return texts, labels, "sentences of the scenes grammar"
+    return [texts[row] for row in rows], labels[rows], "sentences of the scenes grammar"
 
 
 def template_texts(names, count):
@@ -341,18 +336,18 @@ def template_texts(names, count):
     for row in range(count):
         if row % len(names) == 0:
             order = rng.permutation(len(names))
-        first = order[row % len(names)]
         others = rng.permutation(len(names))[:rng.integers(0, min(5, len(names)))]
-        words = []
-        for label in [first, *others[others != first]]:
-            article = "an" if names[label][0].lower() in "aeiou" else "a"
-            words.append(f"{article} {names[label]}")
-            labels[row, label] = 1
-        *before, last = words
-        if before:
-            last = f"{', '.join(before)} and {last}"
-        texts.append(f"{openers[rng.integers(len(openers))]} {last}.")
+        chosen = list(dict.fromkeys([order[row % len(names)], *others]))  # each once, in this order
+        labels[row, chosen] = 1
+        words = [with_article(names[label]) for label in chosen]
+        listed = " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+        texts.append(f"{openers[rng.integers(len(openers))]} {listed}.")
     return texts, labels
+
+
+def with_article(name):
+    """an apple, a dog"""
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
 
 
 def with_negatives(texts, labels, names):
@@ -377,25 +372,23 @@ def list_photos(path):
     photos = []
     heic = []
     closed = []
-
-    def note(error):
-        closed.append(Path(error.filename))
-    for folder, inner, files in os.walk(path, onerror=note):
+    errors = []
+    for folder, inner, files in os.walk(path, onerror=errors.append):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        closed += filter(Path.is_symlink, [Path(folder, name) for name in inner])
+        closed += filter(os.path.islink, [os.path.join(folder, name) for name in inner])
         for file in [Path(folder, name) for name in files if not name.startswith(".")]:
             if file.suffix.lower() in (".heic", ".heif"):
                 heic.append(file)
             elif file.suffix.lower() in PHOTO_SUFFIXES and file.is_file():
                 photos.append(file)
-    if not path.is_dir():
-        raise UsageError(f"photos {path}: no such file or folder")
-    if closed:
+    closed += [error.filename for error in errors]
+    if closed and path.exists():
         say(f"{path}: {len(closed)} folders, linked or locked, are left out (first: {min(closed)})")
     if heic:
         say(f"{path}: {len(heic)} .heic photos, which Pillow cannot read, are left out (first: {min(heic)})")
     if not photos:
-        raise UsageError(f"photos {path}: no photo in this folder; photos end in {' '.join(PHOTO_SUFFIXES)}")
+        reason = "no photo in this folder" if path.exists() else "no such file or folder"
+        raise UsageError(f"photos {path}: {reason}; photos end in {' '.join(PHOTO_SUFFIXES)}")
     return sorted(photos)
 
 
@@ -447,9 +440,9 @@ def identity(dataset, root):
     paths = []
     if dataset == "scenes":
         paths = [Path(scenes.__file__), scenes.CHECKPOINT]
-    if dataset == "folder":
-        paths = [Path(root) / name for name in FOLDER_FILES]
-    return "".join(digest(path) for path in paths if path.is_file())
+    elif dataset == "folder":
+        paths = [Path(root, name) for name in FOLDER_FILES]
+    return "".join(map(digest, filter(Path.is_file, paths)))
 
 
 # --- tables of labels, ready-made embeddings --------------------------------------------------------------------------
@@ -476,26 +469,22 @@ def read_table(path, dataset=None):
             names = check_names(sorted(set().union(*marked.values())), path)
             labels = [[name in marks for name in names] for marks in marked.values()]
             return Table(list(marked), names, np.array(labels, np.int8), [])
-        lines = read_text(path, "labels").splitlines() or [""]
-        rows = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
-        header, *rows = [[cell.strip() for cell in row] for row in rows]
+        lines = read_text(path, "labels").splitlines()
+        separator = max(",;\t", key=lines[0].count)
+        header, *rows = filter(any, csv.reader(lines, delimiter=separator, skipinitialspace=True))
         names = check_header(header, path, dataset)
         columns = [header.index(name, 1) for name in names]
-        table = Table([], names, [], [])
+        splits = [row[header.index("split")] for row in rows] if "split" in header else []
         marks_of = {}
-        for number, row in enumerate(rows, 2):
-            if not any(row):
-                continue
-            with reading(f"{path}, line {number}", "labels", remedy):
+        labels = []
+        for row in rows:
+            with reading(f"{path}, row of {row[0]}", "labels", remedy):
                 marks = [{1: 1, 0: 0, -1: -1}[float(row[column])] for column in columns]
                 if marks_of.setdefault(row[0], marks) != marks:
-                    raise ValueError(f"{row[0]} stands twice with other labels")
-                if "split" in header:
-                    table.splits.append(row[header.index("split")])
-            table.files.append(row[0])
-            table.labels.append(marks)
-        table.labels = np.array(table.labels, np.int8).reshape(-1, len(names))
-        return table
+                    raise ValueError("the file stands twice with other labels")
+            labels.append(marks)
+        labels = np.array(labels, np.int8).reshape(-1, len(names))
+        return Table([row[0] for row in rows], names, labels, splits)
 
 
 def check_header(header, path, dataset):
@@ -520,23 +509,22 @@ def load_features(path):
     image_embeddings [M, D], image_labels [M, C], label_embeddings [C, D], label_names [C]; labels are 1, 0 or -1.
     -> {name: float32 or int8 array, list of str for label_names}. Raises UsageError where one lacks or does not fit."""
     with reading(path, "features file", f"it must be an .npz without pickles of {', '.join(FEATURE_AXES)}"):
+        sizes = {}
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in FEATURE_AXES}
-        sizes = {}
         for name, axes in FEATURE_AXES.items():
-            shape = list(arrays[name].shape)
+            shape = arrays[name].shape
             expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, shape, strict=False)]
-            if len(expected) != len(axes) or shape != expected or 0 in shape:
-                raise ValueError(f"{name} has shape {shape}, expected {expected}")
-        names = check_names([str(name) for name in arrays.pop("label_names")], f"features file {path}")
+            if len(shape) != len(axes) or list(shape) != expected or 0 in shape:
+                raise ValueError(f"{name} has shape {list(shape)}, expected {expected}")
+        names = check_names(arrays.pop("label_names").astype(str).tolist(), f"features file {path}")
         for name, array in arrays.items():
             if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
                 raise ValueError(f"{name} holds values that are not finite numbers")
-            arrays[name] = array.astype(np.float32)
-            if name.endswith("_labels"):
-                if not np.isin(array, (-1, 0, 1)).all():
-                    raise ValueError(f"{name} must hold 1 (present), 0 (absent) or -1 (ignored) only")
-                arrays[name] = array.astype(np.int8)
+            is_labels = name.endswith("_labels")
+            if is_labels and not np.isin(array, (-1, 0, 1)).all():
+                raise ValueError(f"{name} must hold 1 (present), 0 (absent) or -1 (ignored) only")
+            arrays[name] = array.astype(np.int8 if is_labels else np.float32)
         return {**arrays, "label_names": names}
 
 
