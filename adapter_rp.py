@@ -586,12 +586,16 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     return loss
 
 
+def logits_alive(hidden):
+    """Logits that the fused loss keeps at once: on a processor what its cache holds"""
+    return 2 ** 26 if hidden.is_cuda else 2 ** 18
+
+
 class _ClassifierLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, *exponents):
         batch = len(hidden)
-        alive = 2 ** 26 if hidden.is_cuda else 2 ** 18  # logits at once: a processor's cache should hold them
-        chunk = max(1, alive // batch)
+        chunk = max(1, logits_alive(hidden) // batch)
         loss = 0.0
         d_hidden = torch.zeros_like(hidden)
         d_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)

@@ -1036,13 +1036,18 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     return loss
 
 
+def logits_alive(z):
+    """Logits whose loss is computed at once: on a processor they stay in its cache between the passes"""
+    return 2 ** 26 if z.is_cuda else 2 ** 17
+
+
 class _AsymmetricLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, *exponents):
         gradient = logits.detach().clone(memory_format=torch.contiguous_format)
         z = gradient.view(-1)
         targets = targets.reshape(-1)
-        block = 2 ** 26 if z.is_cuda else 2 ** 17  # entries that stay in a processor's cache between the passes
+        block = logits_alive(z)
         loss = 0.0
         for start in range(0, len(z), block):
             part = slice(start, start + block)
