@@ -38,7 +38,7 @@ def test_frozen(make, what, expected):
 
 def test_the_tiny_clip_is_neither_hopeless_nor_perfect(cache):
     """Zero-shot; and the mean directions of pictures and texts lie far apart beside those of two halves of one side."""
-    clip, photos = embed.load_clip(), data.load_photos("scenes", None, "test", limit=500)
+    clip, photos = embed.load_clip(), data.load_photos("scenes", None, "test", 500)
     images = F.normalize(embed.embed_photos(clip, photos.photos, cache, quiet=True)[0], dim=1)
     prompts = F.normalize(embed.embed_texts(clip, [f"a photo of a {name}." for name in photos.names]), dim=1)
     assert 55 < metrics.mean_average_precision((images @ prompts.T).numpy(), photos.labels) < 75
