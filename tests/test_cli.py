@@ -34,9 +34,8 @@ from safetensors.torch import load_file, save
 
 import data
 import embed
-import run  # noqa: F401 (what the forkserver shall have imported)
 import scenes
-import sspa  # noqa: F401
+import sspa  # noqa: F401 (what the forkserver shall have imported)
 
 embed.import_open_clip()
 RP, SSPA = "adapter_rp.py", "sspa.py"
