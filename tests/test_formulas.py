@@ -99,7 +99,7 @@ def test_quaternion_fusion(impl):
 
 
 def test_gated_attention(impl):
-    """x + g a.  x = (1, 0), W_Q swaps: (0, 1); regions (1, 0), (0, 1), scale log 3: attention 1/4, 3/4; values are twice
+    """x + g a.  x = (1, 0), W_Q swaps: (0, 1); regions (1, 0), (0, 1), scale log 3: attention 1/4, 3/4; values twice
     the regions: a = (1/2, 3/2).  Gate of channel 1: x_1 weighs 2 log 3, bias -log 3: 3/4;  of channel 2: a_2 weighs
     -2/3 log 3: 1/4"""
     gdma = sspa.GatedAttention(2, LOG3, True, impl, torch.Generator()).double()
