@@ -3,7 +3,7 @@
     python experiments/tables.py            runs/tables -> results/tables.md; a missing cell holds the reason
     python experiments/tables.py --docs     its finished runs -> assets/tables.json; that file -> the tables' places in
                                             docs/results.md and, where matplotlib is installed, assets/tables/*.png
-    python experiments/tables.py --demo D   the table of `bash run_all.sh demo`, whose runs are D/rp, D/rp-no-noise, D/sspa
+    python experiments/tables.py --demo D   the table of `bash run_all.sh demo`, of what is there of its runs
 
 Percent; mean and sample standard deviation over seeds. What somebody has read elsewhere: assets/paper_numbers.json.
 """
