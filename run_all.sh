@@ -4,14 +4,14 @@
 #                         ONLY="rp-scenes sspa-ucm"    only runs whose names begin so ("rp-scenes$": that one alone)
 #                         DATASETS="voc2007 ucm"       both methods on these, instead of those listed
 #                         CLIP="--backbone RN50 --pretrained FILE"      on photographs; default: ViT-B-16, OpenAI's
-#                         OPTIONS="--limit 500"        more options of both scripts; --overwrite: finished runs anew
+#                         OPTIONS="--train-count 500"  more options of both scripts; --overwrite: finished runs anew
 #                         RUNS=FOLDER                  of runs and tables, for runs with other CLIP, OPTIONS or SEEDS
 #                         FEATURES=FILE.npz            ready embeddings             TEXTS=FOLDER      <dataset>.jsonl
 # bash run_all.sh --plan  prints the command of every run, and makes none
 # bash run_all.sh demo    trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
-# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [then any options of adapter_rp.py, as
-#                         --backbone ViT-L-14 --pretrained TAG-OR-FILE --threshold 0.6 --top-k 5 --html FILE]
-#                         from label names, one a line, to tagged photos: sentences, an adapter, a JSON line a photo
+# bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [options of adapter_rp.py and tag.py, as
+#                         --backbone ViT-L-14 --pretrained TAG-OR-FILE --threshold 0.6 --top-k 5 --html --output DIR]
+#                         from label names, one a line, to tagged photos: sentences, an adapter, tags/tags.jsonl
 # bash run_all.sh test    runs the tests; more words go to pytest
 set -eo pipefail
 CALLED_FROM="$PWD"
@@ -19,51 +19,82 @@ cd "$(dirname "${BASH_SOURCE[0]}")" && HERE="$PWD"
 trap 'exit 130' INT  # else the next run would begin
 
 experiments() {
-    for dataset in scenes features ${DATASETS:-voc2007 coco2014 nuswide}; do
-        rp "$dataset" --noise-std 0.15 0 0.05 0.1 0.2
-        rp "$dataset-unit" --normalize --noise-std 0.15 0 0.05 0.1 0.2
+    for dataset in scenes features ${DATASETS:-voc2007 coco2014 nuswide}; do  # RP: noise, its law, number of texts
+        for noise in "" "--noise-std 0" "--noise-std 0.05" "--noise-std 0.1" "--noise-std 0.2"; do
+            rp "$dataset${noise// /-}" $noise
+            rp "$dataset-unit${noise// /-}" --normalize $noise
+        done
         rp "$dataset-uniform" --noise-law uniform
         rp "$dataset-sphere" --noise-law sphere
-        if [ "$dataset" = features ]; then steps=960; else steps=480; fi  # of its main run; a batch has 512
-        for count in 250 500 1000 2000 4000; do
-            rp "$dataset-$count-texts" --text-count $count --epochs $((steps/((count+511)/512))) --noise-std 0.15 0
+        if [ "$dataset" = features ]; then steps=960 option=--train-count; else steps=480 option=--text-count; fi
+        for count in 250 500 1000 2000 4000; do  # as many steps as the main run, of 512 texts each
+            for noise in "" "--noise-std 0"; do
+                rp "$dataset-$count-texts${noise// /-}" $option $count --epochs $((steps/((count+511)/512))) $noise
+            done
         done
     done
-    rp features-8000-texts --text-count 8000 --epochs 60 --noise-std 0.15 0
+    for noise in "" "--noise-std 0"; do
+        rp "features-8000-texts${noise// /-}" --train-count 8000 --epochs 60 $noise
+    done
+
     drawn=("sun cloud balloon mushroom car apple" "moon bird tree umbrella boat cup" "star kite flower house fish ball")
     seen=("aeroplane boat car cow horse pottedplant train" "bicycle bottle cat diningtable motorbike sheep tvmonitor" \
           "bird bus chair dog person sofa")
     for third in 0 1 2; do  # labels that training never sees
         rp scenes-unseen-$third --head label-embedding --unseen ${drawn[third]}
         rp features-unseen-$third --head label-embedding --unseen ${seen[third]}
-        sspa scenes-unseen-$third --tune-image none --limit 4000 --epochs 8 --unseen ${drawn[third]}
+        sspa scenes-unseen-$third --tune-image none --train-count 4000 --epochs 8 --unseen ${drawn[third]}
     done
-    [ -f "$RUNS/baselines/baselines.json" ] || run baselines experiments/baselines.py --features "$FEATURES"
-    [ -f "$RUNS/rp-cost/benchmark.json" ] || run rp-cost experiments/benchmark.py cost
+
+    # what one would try first, and what prompt tuning costs
+    once baselines baselines.json experiments/baselines.py --features "$FEATURES"
+    once rp-cost benchmark.json experiments/benchmark.py cost
+
+    # SSPA on scenes: the whole, number of photos, ablations, tuned tower
     sspa scenes --tune-image none --save-all
     for count in 50 100 250 500 1000 4000; do  # 1,240 batches of up to 64 for each; the whole, above, has 6,240
-        sspa scenes-$count-photos --tune-image none --photo-count $count --epochs $((1240/(count<64 ? 1 : count/64)))
+        sspa scenes-$count-photos --tune-image none --train-count $count --epochs $((1240/(count<64 ? 1 : count/64)))
     done
-    sspa scenes-ablations --ablate --limit 4000 --epochs 8 --save-all
-    sspa scenes-tuned --tune-image full --limit 4000 --epochs 8 --save-all
-    # not all ablations: with a tuned tower the pictures are drawn anew in every epoch, which takes most of the time
-    sspa scenes-tuned-ablations --ablate "no gate" "no GDMA" --tune-image full --limit 1000 --epochs 8 --save-all
-    for models in scenes scenes-ablations scenes-tuned scenes-tuned-ablations; do
-        [ -f "$RUNS/maps-$models/localize.json" ] || \
-            run "maps-$models" experiments/localize.py --limit 400 --checkpoint "$RUNS/sspa-$models/checkpoints"
+    ablations=("" "--fusion knowledge" "--fusion context" "--fusion sum" "--fusion concat" "--no-dsf" "--no-gate" \
+               "--alignment v-to-s" "--alignment s-to-v" "--alignment none" "--descriptions none" \
+               "--aggregator mean" "--aggregator max" "--branches global" "--branches regional")
+    for ablation in "${ablations[@]}"; do
+        sspa "scenes-short${ablation// /-}" --tune-image none --train-count 4000 --epochs 8 --save-all $ablation
     done
+    sspa scenes-tuned --tune-image full --train-count 4000 --epochs 8 --save-all
+    for ablation in "" "--no-gate" "--alignment none"; do  # not all: pictures are drawn anew in every epoch
+        sspa "scenes-tuned-short${ablation// /-}" --tune-image full --train-count 1000 --epochs 8 --save-all $ablation
+    done
+
+    # where SSPA's maps point
+    maps scenes
+    maps scenes-tuned
+    for ablation in "${ablations[@]}"; do
+        maps "scenes-short${ablation// /-}"
+    done
+    for ablation in "" "--no-gate" "--alignment none"; do
+        maps "scenes-tuned-short${ablation// /-}"
+    done
+
+    # photographs
     for dataset in ${DATASETS:-voc2007 coco2014 nuswide pa100k rapv1 peta multiscene mlrsnet ucm}; do
         sspa "$dataset" --tune-image none
         sspa "$dataset-tuned" --tune-image full --gpu "${GPU:-0}"  # without a GPU it says so, and is not started
     done
     for dataset in ${DATASETS:-voc2007}; do
-        rp "$dataset-llm" --texts "$TEXTS/$dataset"*.jsonl* --noise-std 0.15 0
-        sspa "$dataset-ablations" --ablate
+        for noise in "" "--noise-std 0"; do
+            rp "$dataset-llm${noise// /-}" --texts "$TEXTS/$dataset"*.jsonl* $noise
+        done
+        for ablation in "${ablations[@]:1}"; do
+            sspa "$dataset-tuned${ablation// /-}" --tune-image full --gpu "${GPU:-0}" $ablation
+        done
     done
 }
 
 rp() { train adapter_rp.py "rp-$1" "$@"; }
 sspa() { train sspa.py "sspa-$1" "$@"; }
+maps() { once "maps-$1" localize.json experiments/localize.py --test-count 400 --checkpoint "$RUNS/sspa-$1/checkpoints"; }
+once() { [ -f "$RUNS/$1/$2" ] || run "$1" "${@:3}"; }  # NAME RESULT SCRIPT WORDS
 train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
     case "${3%%-*}" in
         scenes) where=() ;;
@@ -87,7 +118,7 @@ set_up() {  # an active virtual environment is used as it is, else .venv is made
         || { rm -rf .venv; fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"; }
     export VIRTUAL_ENV="${VIRTUAL_ENV:-$HERE/.venv}" PATH="${VIRTUAL_ENV:-$HERE/.venv}/bin:$PATH"
     python -c 'import sys, importlib.util as of; sys.exit(None in map(of.find_spec, sys.argv[1:]))' \
-        torch torchvision open_clip sklearn PIL safetensors tqdm pytest && return
+        torch torchvision open_clip sklearn PIL safetensors tqdm filelock pytest && return
     echo "installing; without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes" >&2
     if python -c 'import torch, torchvision' 2> /dev/null; then kept='^torch'; else kept='^$'; fi
     grep -v "$kept" requirements.txt > "$VIRTUAL_ENV/requirements.txt"
@@ -106,35 +137,48 @@ case "$1" in
         [ "$plan" ] || python experiments/tables.py --runs "$RUNS" --results "$RESULTS"
         ;;
     demo)
-        rp=runs/demo/rp sspa=runs/demo/sspa pictures=runs/demo/pictures
-        python scenes.py draw $pictures --count 12 >&2
-        python adapter_rp.py --noise-std 0.15 0 --seed 0 1 2 3 4 --output $rp --overwrite > /dev/null
-        python sspa.py --tune-image none --epochs 8 --seed 0 1 --output $sspa --overwrite > /dev/null
-        python adapter_rp.py --checkpoint $rp/checkpoint.safetensors --predict $pictures > $rp/predictions.jsonl
-        python sspa.py --checkpoint $sspa/checkpoint.safetensors --predict $pictures > $sspa/predictions.jsonl
-        python sspa.py --checkpoint $sspa/checkpoint.safetensors --explain $pictures > $sspa/explain.txt
-        python experiments/tables.py --demo runs/demo
+        at=runs/demo rp=runs/demo/rp/checkpoint.safetensors sspa=runs/demo/sspa/checkpoint.safetensors
+        rm -rf $at
+        echo "1 of 3: RP learns from 8,000 sentences, with noise and without; about a minute" >&2
+        python adapter_rp.py --seed 0 1 2 --output $at/rp > /dev/null
+        python adapter_rp.py --noise-std 0 --seed 0 1 2 --output $at/rp-no-noise > /dev/null
+        python experiments/tables.py --demo $at
+        echo "2 of 3: SSPA learns from 10,000 labelled pictures, which are drawn first; about two minutes" >&2
+        python sspa.py --tune-image none --train-count 10000 --epochs 8 --output $at/sspa > /dev/null
+        echo "3 of 3: both tag 12 pictures, and SSPA shows where it saw their labels; half a minute" >&2
+        python scenes.py draw $at/pictures --count 12 >&2
+        python tag.py $rp $at/pictures --output $at/rp/tags > /dev/null
+        python tag.py $sspa $at/pictures --output $at/sspa/tags > /dev/null
+        python explain.py $sspa $at/pictures --output $at/sspa/explain > /dev/null
+        python experiments/tables.py --demo $at
         ;;
     tag)
         cd "$CALLED_FROM"
         [ -f "$2" ] && [ -e "$3" ] || fail "tag needs a label file and a folder of photos, before any option; see -h"
-        words="$2" photos="$3" author=()
+        words="$2" photos="$3" author=() learn=() tag=()
         PYTHONPATH="$HERE" python -c 'import sys, data
 try: data.list_photos(sys.argv[1])
 except data.UsageError as error: sys.exit(f"run_all.sh: {error}")' "$photos" || exit 2
         shift 3
-        while [[ "$1" =~ ^--(llm|model|count)$ ]]; do
-            author+=("$1=$2")
-            shift 2 || fail "tag: $1 needs a value"
+        into=learn
+        for word in "$@"; do  # whose option it is; a word that is none belongs to the option before it
+            case "${word%%=*}" in
+                --llm | --model | --count) into=author ;;
+                --threshold | --top-k | --html | --stdout | --output) into=tag ;;
+                --gpu | --cpu | --cache | --workers | --quiet) into=both ;;
+                --*) into=learn ;;
+            esac
+            case $into in author) author+=("$word") ;; tag | both) tag+=("$word") ;; esac
+            case $into in learn | both) learn+=("$word") ;; esac
         done
         if [[ "${author[*]}" = *--llm* ]]; then  # all else is tried before a model writes for an hour
-            bash "$HERE/run_all.sh" tag "$words" "$photos" --count 100 "$@" > /dev/null
+            bash "$HERE/run_all.sh" tag "$words" "$photos" --count 100 "${learn[@]}" "${tag[@]}" --stdout > /dev/null
         fi
-        folder="$HERE/runs/tag/$(cat "$words" - <<< "${author[*]/--count=*/}" | cksum | cut -d ' ' -f 1)"
-        set -- --backbone ViT-B-32 --cache "$HERE/runs/cache" --output "$folder" "$@"
+        folder="$HERE/runs/tag/$(echo "${author[*]}" | sed 's/--count[ =]*[0-9]*//' | cat "$words" - | cksum | cut -d ' ' -f 1)"
         python "$HERE/llm_text.py" sentences --labels "$words" --out "$folder/texts.jsonl" --quiet "${author[@]}" >&2
-        python "$HERE/adapter_rp.py" --labels "$words" --texts "$folder/texts.jsonl" --overwrite "$@" >&2
-        python "$HERE/adapter_rp.py" --checkpoint "$folder/checkpoint.safetensors" --predict "$photos" "$@"
+        python "$HERE/adapter_rp.py" --backbone ViT-B-32 --cache "$HERE/runs/cache" --output "$folder" --overwrite \
+            --labels "$words" --texts "$folder/texts.jsonl" "${learn[@]}" >&2
+        python "$HERE/tag.py" "$folder/checkpoint.safetensors" "$photos" --cache "$HERE/runs/cache" "${tag[@]}"
         ;;
     test) python -m pytest -q -rs tests "${@:2}" ;;
     -h | --help) sed -n '2,15s/^# //p' run_all.sh ;;
