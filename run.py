@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -123,6 +124,8 @@ def parse(kind, argv, description, epilog):
     config = kind(**given, given=tuple(given))
     for field in options_of(kind):
         check_range(field, getattr(config, field.name))
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard: pip install tensorboard, or leave it out")
     if config.backbone is None:
         if config.dataset == "scenes" and config.pretrained not in (None, "none") and not config.checkpoint:
             raise UsageError(f"--pretrained {config.pretrained}: of which CLIP? add --backbone NAME, or leave it out")
@@ -272,8 +275,6 @@ def end_seed(folder, record, seconds, finished):
     if folder and RANK == 0:
         data.write_json(folder / "metrics.json", record)
         (folder / "resume.pt").unlink(missing_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # --- progress of a training -------------------------------------------------------------------------------------------
@@ -299,7 +300,8 @@ class Progress:
         self.bar.disable = self.bar.disable or not sys.stderr.isatty()
         self.board = None
         if config.tensorboard and RANK == 0:
-            self.board = open_tensorboard(folder)
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(folder)
 
     def _resume(self):
         with data.reading(self.folder / "resume.pt", "half-trained model", "delete it to train this seed anew") as path:
@@ -363,14 +365,6 @@ class Progress:
         data.write_atomically(self.folder / "resume.pt", stream.getvalue())
         self.saved_at = time.time()
         self.save_seconds = self.saved_at - began
-
-
-def open_tensorboard(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(folder)
 
 
 def fill(tensors, stored):

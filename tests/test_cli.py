@@ -137,7 +137,7 @@ def outcome(folder):
 
 TINY = {RP: "--text-count 300 --test-count 130 --epochs 2 --seed 0 1",
         SSPA: "--tune-image none --train-count 130 --test-count 130 --epochs 2 --seed 0 1"}
-LONG = {RP: "--features {f}/features.npz --epochs 150 --seed 0 1",
+LONG = {RP: "--features {f}/features.npz --epochs 500 --seed 0 1",
         SSPA: "--tune-image none --train-count 130 --test-count 130 --epochs 6 --seed 0 1"}
 
 
@@ -227,7 +227,7 @@ def test_refused(command, place, trained, tmp_path, script, words, answer):
     stdout, stderr = command(script, words.format(**files), expect=2, folder=tmp_path)
     assert answer.format(**files) in stderr.splitlines()[-1] and stdout == ""
     assert "none" in words or stderr.count("\n") == 1  # random weights are said beside
-    assert [content_of(folder) for folder in places] == before or "tensorboard" in words
+    assert [content_of(folder) for folder in places] == before
 
 
 # --- killed, resumed, two at once -------------------------------------------------------------------------------------
@@ -257,7 +257,8 @@ def whole(start, command, place, tmp_path_factory):
         running = start(script, LONG[script].format(f=place), "--output", folder, RESUME_SECONDS="0")
         running.wait_for(lambda folder=folder: in_training(folder))
         for more in ("--quiet", "--lr 1 --overwrite"):
-            _, stderr = command(script, LONG[script].format(f=place), more, "--output", folder, expect=2)
+            _, stderr = command(script, LONG[script].format(f=place), more, "--output", folder, expect=2,
+                                LOCK_SECONDS="0.1")
             assert stderr.count("\n") == 1 and f"{folder}: another run is writing it; wait for it, or choose" in stderr
         assert running.process.is_alive() and not result_of(folder)["finished"]
         running.end()
@@ -367,7 +368,7 @@ INPUTS = {  # option and file: script, what is good, the remedy
     "--texts captions.json": (RP, b'{"annotations": [{"caption": "a sun"}]}', "COCO|valid JSON|UTF-8"),
     "--descriptions table.json": (SSPA, b'{"descriptions": {"sun": "A sun is round."}}', "must be|valid JSON|UTF-8"),
     "--features features.npz": (RP, None, "it must be an .npz without pickles of text_embeddings"),
-    "--pretrained clip.safetensors": (RP, scenes.CHECKPOINT.read_bytes(), "take assets/scenes_clip.safetensors of"),
+    "--pretrained clip.safetensors": (RP, scenes.CHECKPOINT.read_bytes(), "give weights of this very model"),
     "--checkpoint rp.safetensors": (RP, None, "pass a checkpoint.safetensors that this script wrote"),
     "--checkpoint sspa.safetensors": (SSPA, None, "pass a checkpoint.safetensors that this script wrote")}
 
