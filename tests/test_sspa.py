@@ -34,10 +34,10 @@ def twins(name):
     return [getattr(sspa, f"{name}_{impl}") for impl in ("reference", "fused")]
 
 
-def write_folder(folder, photos, broken=()):
+def write_folder(folder, photos, broken=(), column="split"):
     """Drawn pictures, every second one to be trained on, with a table of labels; files in broken are no pictures."""
     folder.mkdir()
-    lines = ["file,sun,boat,split"]
+    lines = [f"file,sun,boat,{column}"]
     for place, index in enumerate([*broken, *photos]):
         file = folder / f"{index}.png"
         scenes.picture("test", index)[0].save(file)
@@ -52,7 +52,7 @@ def files(tmp_path_factory):
     """What options point at; and open_clip learns two tiny towers with random weights."""
     folder = tmp_path_factory.mktemp("files")
     write_folder(folder / "a", range(20))
-    write_folder(folder / "b", range(30, 50))
+    write_folder(folder / "b", range(30, 50), column="")
     write_folder(folder / "broken", range(20), broken=(61, 65))
     (folder / "labels.txt").write_text("sun\nboat\ncar\ntree")
     (folder / "swapped.txt").write_text("boat\nsun")
@@ -220,9 +220,9 @@ def parts(monkeypatch):
     return clip, labels, leaf(3, 96).detach(), leaf(3, 10, 96).detach()
 
 
-def model_of(clip, labels, **changes):
+def model_of(frozen, labels, **changes):
     """Every learned tensor away from its start"""
-    model = sspa.SSPA(replace(config_of(), **changes), clip.model, labels, 0).double()
+    model = sspa.SSPA(replace(config_of(), **changes), frozen.model, labels, 0).double()
     for place, parameter in enumerate(model.learned().values()):
         parameter.data += leaf(*parameter.shape, seed=place, scale=0.05).detach()
     return model
@@ -411,7 +411,7 @@ CHANGED = {  # another value of every option that decides a result
     "quaternion_layers": "1", "alignment": "v-to-s", "no_gate": "", "aggregator": "mean", "temperature": "0.2",
     "branches": "regional", "regional_weight": "2", "prompt_lr": "0.01", "image_lr_factor": "1", "ema": "0.1"}
 FOLDER = "--dataset folder --data-root {}/a --backbone scenes"
-BESIDE = {"dataset": "--data-root {}/a --backbone scenes", "data_root": FOLDER, "policy": FOLDER,  # what it needs
+BESIDE = {"dataset": "--data-root {}/a --backbone scenes", "data_root": FOLDER, "policy": FOLDER.replace("/a", "/b"),  # what it needs
           "backbone": "--pretrained none", "tune_image": TUNED.replace("full", "none"), "image_lr_factor": TUNED,
           "CROP_SCALE": TUNED, "MARGIN": "--loss ranking",
           (adapter_rp, "unseen"): "--head label-embedding", (adapter_rp, "train_count"): "--texts {}/texts.txt"}
