@@ -519,7 +519,7 @@ class Photos(NamedTuple):
 
 
 def check_clip(clip):
-    """Raises UsageError for a CLIP that SSPA cannot be built on: it puts prompts into CLIP's causal text transformer, and
+    """Raises UsageError for a CLIP that SSPA cannot use: it puts prompts into CLIP's causal text transformer, and
     reads region features from the tokens (ViT) or the attention pool (ResNet) of its image tower."""
     from open_clip.model import CLIP
     from open_clip.modified_resnet import ModifiedResNet
@@ -539,7 +539,7 @@ def check_clip(clip):
     elif not isinstance(visual, ModifiedResNet):
         reason = "its image tower is neither CLIP's ViT nor CLIP's ResNet, so that there are no region features"
     if reason:
-        raise UsageError(f"--backbone {clip.name}: SSPA cannot use it: {reason}; choose a ViT or ResNet such as ViT-B-16")
+        raise UsageError(f"--backbone {clip.name}: SSPA cannot use it: {reason}; choose ViT-B-16, RN50 or the like")
 
 
 def names_of(config):
