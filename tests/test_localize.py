@@ -187,7 +187,8 @@ def test_real_boxes_end_to_end(shared, tmp_path):
              "30", "--cache", str(tmp_path / "cache")]
     sspa.main([*words, "--backbone", "RN50", "--pretrained", "none", "--resolution", "64", "--tune-image", "none",
                "--train-count", "30", "--epochs", "1", "--output", str(tmp_path)])
-    localize.main([*words, "--checkpoint", str(tmp_path / "checkpoint.safetensors"), "--output", str(tmp_path / "maps")])
+    checkpoint = str(tmp_path / "checkpoint.safetensors")
+    localize.main([*words, "--checkpoint", checkpoint, "--output", str(tmp_path / "maps")])
     found, = json.loads((tmp_path / "maps/localize.json").read_text())["models"]
     photos = data.load_photos("voc2007", shared, "test", 30)
     asked = 0
