@@ -149,7 +149,8 @@ def test_load(checkpoints, photos, tmp_path, monkeypatch, script):
 def test_explain(command, checkpoints, photos, tmp_path):
     """A picture a photo, its path on stdout; RP has no regions."""
     words = ("--cpu", "--quiet", "--output", tmp_path / "out")
-    done = command("explain.py", checkpoints["sspa"], photos / "a.png", photos / "ü, 1.jpg", photos / "torn.jpg", *words)
+    three = [photos / name for name in ("a.png", "ü, 1.jpg", "torn.jpg")]
+    done = command("explain.py", checkpoints["sspa"], *three, *words)
     sheets = sorted((tmp_path / "out").iterdir())
     assert done.stdout.splitlines() == list(map(str, sheets)) and len(sheets) == 2
     assert all(len(np.unique(np.asarray(Image.open(sheet)))) > 50 for sheet in sheets)
