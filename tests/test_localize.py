@@ -13,9 +13,9 @@ from PIL import Image
 import data
 import datasets
 import embed
-import run
 import scenes
 import sspa
+import tag
 
 sys.path.append(str(REPOSITORY / "experiments"))
 import localize
@@ -89,19 +89,24 @@ def test_boxes_of_real_photos(shared):
 def test_planted_maps():
     """The things' own masks score 100, a constant map chance, which is their share of the area; masks mirrored twice
     are worth little more. Maps of 8 x 8 regions, which the masks' means are, still find their things."""
-    targets = []
-    for index in range(100):
-        for _, *corners, _ in scenes.boxes("test", index):
-            targets.append(localize.targets_of(np.array([[0, *np.array(corners) / 192, 1]])))
-    marks = np.array([mark for mark, _ in targets])
-    near = np.array([near for _, near in targets])
+    marks = []
+    near = []
+    for index in range(60):
+        for _, left, top, right, bottom, _ in scenes.boxes("test", index):
+            box = np.array([0, left, top, right, bottom, 192]) / 192
+            of_box = localize.targets_of(box[None])
+            marks.append(of_box[0])
+            near.append(of_box[1])
+    marks = np.array(marks)
+    near = np.array(near)
     masks = marks.reshape(len(marks), -1).astype(np.float32)
     assert (localize.judged(masks, marks, near) == 1).all()
     constant = localize.judged(np.ones_like(masks), marks, near).mean(0)
     assert constant == pytest.approx([near.mean(), marks.mean()])
-    assert localize.judged(masks[:, ::-1].copy(), marks, near)[:, 0].mean() < 0.4
-    coarse = F.avg_pool2d(torch.from_numpy(masks).view(-1, 1, 64, 64), 8).flatten(1)
-    assert localize.judged(coarse, marks, near)[:, 0].mean() > 0.97
+    mirrored = localize.judged(masks[:, ::-1].copy(), marks, near)
+    assert mirrored[:, 0].mean() < 0.4
+    coarse = F.avg_pool2d(torch.from_numpy(masks).view(-1, 1, 64, 64), 8)
+    assert localize.judged(coarse.flatten(1), marks, near)[:, 0].mean() > 0.97
 
 
 def test_the_rule_by_hand():
@@ -145,42 +150,36 @@ def models(command, tmp_path_factory):
 
 def test_maps_are_the_models_own(models):
     """Attentions sum to one; DSF's, T_fn and X_fn are forward's; the gradient is that of a small step along a region"""
-    stored, metadata = run.read_checkpoint(models / "seed 0.safetensors", "sspa")
-    config = run.as_trained(sspa.Config(), metadata)
-    config.cache = None
-    clip = embed.load_clip()
-    tagger = sspa.Tagger(config, models / "seed 0.safetensors", stored, metadata, clip, metadata["names"])
-    images = torch.stack([embed.load_photo(clip, ("test", row)) for row in range(4)])
+    tagger = tag.load(models / "seed 0.safetensors").tagger
+    model = tagger.model
+    images = torch.stack([embed.load_photo(tagger.clip, ("test", row)) for row in range(4)])
     with torch.no_grad():
-        x0, X = sspa.image_features(clip.model.visual, images)
-        said = tagger.model(x0, X)
+        x0, X = sspa.image_features(tagger.clip.model.visual, images)
+        said = model(x0, X)
     rows, labels = torch.cartesian_prod(torch.arange(4), torch.arange(18)).T
     maps = localize.maps_of(tagger, torch.eye(96)[:18], x0, X, rows, labels)
     assert set(maps) == {localize.CHANCE, localize.CENTRE, *localize.MAPS}
-    maps = {name: values.view(4, 18, -1).detach() for name, values in maps.items()}
+    for name, values in maps.items():
+        maps[name] = values.view(4, 18, -1).detach()
     X = F.normalize(X, dim=-1)
-    similarity = F.normalize(said.label_features, dim=-1) @ F.normalize(said.region_features, dim=-1).mT
+    T_fn = F.normalize(said.label_features, dim=-1)
+    X_fn = F.normalize(said.region_features, dim=-1)
     torch.testing.assert_close(maps["DSF attention"], said.filtering)
-    torch.testing.assert_close(maps["similarity after GDMA"], similarity)
-    torch.testing.assert_close(maps["zero-shot cosine of regions"], X[..., :18].mT)
+    torch.testing.assert_close(maps["similarity after GDMA"], T_fn @ X_fn.mT)
+    torch.testing.assert_close(maps[localize.ZERO_SHOT], X[..., :18].mT)
     torch.testing.assert_close(maps["V-to-S attention"].sum(-1), torch.ones(4, 18))
     torch.testing.assert_close(maps["S-to-V attention"].sum(1), torch.ones(4, 64))
 
-    model = tagger.model.double()
-    x0, X = F.normalize(x0.double(), dim=-1), X.double()
-
     def logit(factor):
-        T_uf = model.fuse(model.knowledge, model.filter(tagger.prompts[1].double(), moved(factor))[0], x0)
-        T_fn, X_fn, _, _ = model.align(T_uf, moved(factor))
+        moved = X.double()
+        moved[2, 37] *= factor
+        T_ca, _ = model.filter(tagger.prompts[1].double(), moved)
+        T_uf = model.fuse(model.knowledge, T_ca, F.normalize(x0, dim=-1).double())
+        T_fn, X_fn, _, _ = model.align(T_uf, moved)
         return float(model.regional_logits(T_fn, X_fn)[2, 5])
-
-    def moved(factor):
-        regions = X.clone()
-        regions[2, 37] *= factor
-        return regions
-    with torch.no_grad():
-        slope = (logit(1 + 1e-6) - logit(1 - 1e-6)) / 2e-6
-    assert float(maps["gradient x region"][2, 5, 37]) == pytest.approx(slope, rel=1e-2, abs=1e-5)
+    model.double()
+    slope = (logit(1 + 1e-6) - logit(1 - 1e-6)) / 2e-6
+    assert float(maps[localize.GRADIENT][2, 5, 37]) == pytest.approx(slope, rel=1e-2, abs=1e-5)
 
 
 def test_the_command_line(models, command, tmp_path):
