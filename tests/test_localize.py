@@ -170,6 +170,7 @@ def test_maps_are_the_models_own(models):
     torch.testing.assert_close(maps["V-to-S attention"].sum(-1), torch.ones(4, 18))
     torch.testing.assert_close(maps["S-to-V attention"].sum(1), torch.ones(4, 64))
 
+    @torch.no_grad()
     def logit(factor):
         moved = X.double()
         moved[2, 37] *= factor
