@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -123,6 +124,8 @@ def parse(kind, argv, description, epilog):
     config = kind(**given, given=tuple(given))
     for field in options_of(kind):
         check_range(field, getattr(config, field.name))
+    if config.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard: pip install tensorboard, or leave it out")
     if config.backbone is None:
         if config.dataset == "scenes" and config.pretrained not in (None, "none") and not config.checkpoint:
             raise UsageError(f"--pretrained {config.pretrained}: of which CLIP? add --backbone NAME, or leave it out")
@@ -299,7 +302,8 @@ class Progress:
         self.bar.disable = self.bar.disable or not sys.stderr.isatty()
         self.board = None
         if config.tensorboard and RANK == 0:
-            self.board = open_tensorboard(folder)
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(folder)
 
     def _resume(self):
         with data.reading(self.folder / "resume.pt", "half-trained model", "delete it to train this seed anew") as path:
@@ -349,7 +353,7 @@ class Progress:
         lines = [json.dumps(entry) + "\n" for entry in self.log]
         if len(self.log) == self.epochs_done + 1:
             earlier = path.read_text("utf-8").splitlines(True) if path.is_file() else []
-            others = [line for line in earlier if json.loads(line)["run"] != self.title]
+            others = [line for line in earlier if f'"{self.title}"' not in line]
             data.write_atomically(path, "".join(others + lines))
         else:
             with open(path, "a", encoding="utf-8") as file:
@@ -363,14 +367,6 @@ class Progress:
         data.write_atomically(self.folder / "resume.pt", stream.getvalue())
         self.saved_at = time.time()
         self.save_seconds = self.saved_at - began
-
-
-def open_tensorboard(folder):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UsageError("--tensorboard: pip install tensorboard, or leave it out") from None
-    return SummaryWriter(folder)
 
 
 def fill(tensors, stored):
@@ -406,8 +402,9 @@ def save_checkpoint(config, folder, seed, tensors, **metadata):
 def read_checkpoint(path, method=None):
     """-> (tensors, metadata: dict with method, names, settings, encoder, encoder_key). Raises UsageError for any other
     file, and for one of another method."""
-    with data.reading(path, "checkpoint", OWN_CHECKPOINT):
-        with safe_open(str(path), "pt") as stored:
+    with data.reading(path, "checkpoint", OWN_CHECKPOINT) as path:
+        path.open("rb").close()  # says more plainly that it is missing, or a folder
+        with safe_open(path, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
             metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
         if metadata.get("method") not in ("rp", "sspa") or method not in (None, metadata["method"]):
