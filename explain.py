@@ -89,8 +89,10 @@ def main(argv):
     add("--labels", metavar="FILE", help="other labels than it was trained on, one a line")
     add("--top-k", type=int, default=3, metavar="K", help="so many labels a photo (default: 3)")
     add("--output", default="explain", metavar="DIR", help="folder of pictures (default: explain)")
-    tag.add_running(add)
+    tag.add_running(parser)
     options = parser.parse_args(argv)
+    if options.top_k < 1:
+        raise UsageError(f"--top-k {options.top_k}: must be at least 1")
     model, photos = tag.open_model(options)
     if not isinstance(model.tagger, sspa.Tagger):
         raise UsageError(f"checkpoint {options.checkpoint}: of RP, which has no regions; explain.py draws SSPA's")

@@ -351,7 +351,7 @@ class Progress:
         lines = [json.dumps(entry) + "\n" for entry in self.log]
         if len(self.log) == self.epochs_done + 1:
             earlier = path.read_text("utf-8").splitlines(True) if path.is_file() else []
-            others = [line for line in earlier if json.loads(line)["run"] != self.title]
+            others = [line for line in earlier if f'"{self.title}"' not in line]
             data.write_atomically(path, "".join(others + lines))
         else:
             with open(path, "a", encoding="utf-8") as file:
@@ -400,8 +400,9 @@ def save_checkpoint(config, folder, seed, tensors, **metadata):
 def read_checkpoint(path, method=None):
     """-> (tensors, metadata: dict with method, names, settings, encoder, encoder_key). Raises UsageError for any other
     file, and for one of another method."""
-    with data.reading(path, "checkpoint", OWN_CHECKPOINT):
-        with safe_open(str(path), "pt") as stored:
+    with data.reading(path, "checkpoint", OWN_CHECKPOINT) as path:
+        path.open("rb").close()  # says more plainly that it is missing, or a folder
+        with safe_open(path, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
             metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
         if metadata.get("method") not in ("rp", "sspa") or method not in (None, metadata["method"]):

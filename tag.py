@@ -28,6 +28,7 @@ import run
 import sspa
 from data import UsageError, say
 
+RUNNING = [field for field in run.options_of(run.Options) if field.name in ("gpu", "cpu", "cache", "workers", "quiet")]
 ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files are bytes
 
 
@@ -54,7 +55,7 @@ class Model:
         if isinstance(photo, torch.Tensor):
             return photo
         if isinstance(photo, str | Path):
-            return embed.load_photo(self.clip, Path(photo))
+            return embed.load_photo(self.clip, photo)
         return self.clip.preprocess(photo.convert("RGB"))
 
 
@@ -86,7 +87,7 @@ def parse(argv):
     add("--output", default="tags", metavar="DIR", help="folder of results (default: tags)")
     add("--stdout", action="store_true", help="write the lines to standard output as photos are done, and no files")
     add("--html", action="store_true", help="a page to look through the photos, too")
-    add_running(add)
+    add_running(parser)
     options = parser.parse_args(argv)
     if not 0 <= options.threshold <= 1:
         raise UsageError(f"--threshold {options.threshold:g}: must be from 0 to 1")
@@ -95,17 +96,17 @@ def parse(argv):
     return options
 
 
-def add_running(add):
-    """The options that the methods have, too. add: a parser's add_argument"""
-    add("--gpu", type=int, metavar="N", help="GPU number (default: 0 if there is one)")
-    add("--cpu", action="store_true", help="run on the CPU")
-    add("--cache", default="runs/cache", metavar="DIR", help="folder of cached scores (default: runs/cache)")
-    add("--workers", type=int, metavar="N", help="processes that decode photos (default: as many as cores)")
-    add("--quiet", action="store_true", help="no progress bar")
+def add_running(parser):
+    """The options that the methods have, too."""
+    for field in RUNNING:
+        run.add_option(parser, field)
+    parser.set_defaults(cache="runs/cache")
 
 
 def open_model(options):
     """-> (Model, photos: list of Path). What is missing is said before anything is computed. Raises UsageError."""
+    for field in RUNNING:
+        run.check_range(field, getattr(options, field.name))
     photos = [photo for path in options.photos for photo in data.list_photos(path)]
     labels = None
     if options.labels:
@@ -155,9 +156,11 @@ def write_files(model, photos, options):
     lock = data.hold(folder / ".lock", f"--output {folder}")
     partial = folder / "tags.jsonl.partial"
     counts = Counter()
-    shown = []  # of the contact sheet
+    total = 0
+    without = 0
+    seen = []  # on the contact sheet
+    seen_scores = []
     lines = []  # of the page
-    total = without = 0
     with open(partial, "w", **ANY_NAME) as file:
         for photo, scores in scored(model, photos, options):
             line = line_of(photo, scores, model.labels, options)
@@ -166,18 +169,17 @@ def write_files(model, photos, options):
             counts.update(tags)
             total += 1
             without += not tags
-            if len(shown) < 48:
-                shown.append((photo, scores))
-            if options.html and len(lines) < pictures.PAGE:
+            if len(seen) < pictures.SHEET:
+                seen.append(photo)
+                seen_scores.append(scores)
+            if len(lines) < pictures.PAGE:
                 lines.append(line)
             if total % embed.BATCH == 0:
                 file.flush()
-    partial.replace(folder / "tags.jsonl")
-    written = [folder / "tags.jsonl"]
-    seen = [photo for photo, _ in shown]
-    scores = np.stack([scores for _, scores in shown])
-    tags = [tags_of(one, options) for one in scores]
-    written.append(pictures.contact_sheet(seen, model.labels, scores, tags, folder / "contact_sheet.png"))
+    written = [partial.replace(folder / "tags.jsonl")]
+    tags = [tags_of(scores, options) for scores in seen_scores]
+    sheet = folder / "contact_sheet.png"
+    written.append(pictures.contact_sheet(seen, model.labels, np.stack(seen_scores), tags, sheet))
     if options.html:
         threshold = -1 if options.top_k else options.threshold
         written.append(pictures.page(folder / "tags.html", lines, total, threshold, options.top_k))
