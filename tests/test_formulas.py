@@ -93,6 +93,7 @@ def test_quaternion_init():
     squares = weights ** 2
     assert squares.mean((1, 2)).tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3], rel=0.02)
     assert squares.sum(0).square().mean() == pytest.approx(24, rel=0.02)
+    assert weights.mean((1, 2)).tolist() == pytest.approx([0] * 4, abs=0.02)
 
 
 def test_quaternion_fusion(impl):
