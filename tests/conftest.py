@@ -48,8 +48,8 @@ def command(cache, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def start(cache, tmp_path_factory):
-    """start("sspa.py", "--epochs 2 --output", path) -> forked.Running, on the CPU, in a folder elsewhere. Words are split
-    as a shell would, paths are not; other arguments are those of forked.as_script, or environment variables."""
+    """start("sspa.py", "--epochs 2 --output", path) -> forked.Running, on the CPU, in a folder elsewhere. Words are
+    split as a shell would, paths are not; other arguments are those of forked.as_script, or environment variables."""
     import forked  # takes seconds, of tests that need it
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")

@@ -59,7 +59,7 @@ class Running(NamedTuple):
 
     def end(self, expect=0):
         """-> (stdout, stderr). A command that ends otherwise than well says why in the last line."""
-        self.process.join(60)
+        self.process.join(100)
         self.process.kill()
         stdout = ""
         if self.stdout and self.stdout.is_file():

@@ -75,7 +75,7 @@ REFUSED = {  # words, what the answer must hold
          ("--unseen sun", "add --head label-embedding"), ("--output /proc/x", "/proc/x")],
     SSPA: [("--ema 1", "at least 0 and below 1"), ("--texts x", "s: --texts x"), ("--output {f}/few.txt/x", "/few.txt"),
            ("--unseen dragon", "--unseen dragon: must be one of the labels"),
-           ("--context-length 38", "--context-length 38: this CLIP reads 40 tokens"),
+           (FEW + "--context-length 38", "--context-length 38: this CLIP reads 40 tokens"),
            ("--labels {f}/foreign.txt", "'zebra' is no label of scenes"),
            ("--checkpoint {sspa} --dataset voc2007", "VOCtest_06-Nov-2007.tar")]}
 
@@ -86,7 +86,7 @@ def test_refused(start, place, trained, script, words, answer):
     running = start(script, words.format(**files))
     stdout, stderr = running.end(2)
     assert stderr.count("\n") == 1 and answer in stderr and stdout == ""
-    assert set(running.stderr.parent.iterdir()) == {running.stdout, running.stderr}
+    assert set(content_of(running.stderr.parent)) == {running.stdout, running.stderr}
 
 
 @pytest.mark.skipif("tensorboard" in sys.modules, reason="needs a machine without tensorboard")
@@ -163,13 +163,16 @@ def test_killed_and_resumed(start, place, whole, killed, tmp_path, script):
 
 
 def test_killed_while_photos_are_decoded(start, tmp_path):
-    """Processes that decode photos do not keep a folder from its next run when the one they work for is killed."""
+    """Processes that decode photos end when the one they work for is killed, and its folder is free."""
     words = (SSPA, FEW, "--batch-size 4 --output", tmp_path)
     running = start(*words, RESUME_SECONDS="0")
     children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children")
     running.wait_for(lambda: in_training(tmp_path) and children.read_text())
+    decoding = children.read_text().split()
     kill_in_training(running, tmp_path)
-    assert "going on after epoch" in start(*words).end()[1]
+    running = start(*words)
+    running.wait_for(lambda: not any(Path(f"/proc/{number}").exists() for number in decoding))
+    assert "going on after epoch" in running.end()[1]
 
 
 @BOTH
@@ -451,7 +454,7 @@ def test_running_options(start, tmp_path):
 
 
 def test_what_is_said_of_progress(start, place, tmp_path, monkeypatch, capsys):
-    """A bar on a terminal; elsewhere a plain line now and then; nothing with --quiet. One line where there is no GPU."""
+    """A bar on a terminal; elsewhere a plain line now and then; nothing with --quiet."""
     words = (RP, "--epochs 1 --features", place / "features.npz")
     if not torch.cuda.is_available():
         assert start(*words).end()[1] == "" and "no GPU found" in start(*words, cpu=False).end()[1]
