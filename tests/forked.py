@@ -43,6 +43,7 @@ def as_script(script, words, folder, stdout, stderr, environment, full_at):
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader's processes, as in a process of its own
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands down "ignore"
     socket.getaddrinfo = None  # tests use no network
+    sys.modules["tensorboard"] = None  # as where it is not installed
     os.environ.update(environment)
     os.chdir(folder)
     for path in REPOSITORY.glob("*.py"):

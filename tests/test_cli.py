@@ -22,7 +22,7 @@ import data
 import run
 import scenes
 
-FEW = "--train-count 40 --test-count 40 --epochs 2 "
+FEW = "--tune-image none --train-count 40 --test-count 40 --epochs 2 "
 LONG = {RP: "--features {f}/features.npz --epochs 600 --seed 0 1",
         SSPA: "--tune-image none --train-count 130 --test-count 130 --epochs 6 --seed 0 1"}
 
@@ -72,7 +72,8 @@ REFUSED = {  # words, what the answer must hold
          ("--features {f}/features.npz --labels {f}/few.txt", "--labels names 'sun', which"),
          ("--checkpoint {rp} --labels {f}/reversed.txt", "label 1 is 'sun' there"),
          ("--checkpoint {rp} --resolution 128", "same --backbone, --pretrained and --resolution"),
-         ("--unseen sun", "add --head label-embedding"), ("--output /proc/x", "/proc/x")],
+         ("--unseen sun", "add --head label-embedding"), ("--tensorboard", "pip install tensorboard"),
+         ("--output /proc/x", "/proc/x")],
     SSPA: [("--ema 1", "at least 0 and below 1"), ("--texts x", "s: --texts x"), ("--output {f}/few.txt/x", "/few.txt"),
            ("--unseen dragon", "--unseen dragon: must be one of the labels"),
            (FEW + "--context-length 38", "--context-length 38: this CLIP reads 40 tokens"),
@@ -87,15 +88,6 @@ def test_refused(start, place, trained, script, words, answer):
     stdout, stderr = running.end(2)
     assert stderr.count("\n") == 1 and answer in stderr and stdout == ""
     assert set(content_of(running.stderr.parent)) == {running.stdout, running.stderr}
-
-
-@pytest.mark.skipif("tensorboard" in sys.modules, reason="needs a machine without tensorboard")
-def test_tensorboard_is_not_installed(start, trained, tmp_path):
-    """Said before --overwrite takes a result away"""
-    folder = shutil.copytree(trained[RP].folder, tmp_path / "run")
-    before = content_of(folder)
-    assert "pip install tensorboard" in start(RP, "--tensorboard --overwrite --output", folder).end(2)[1]
-    assert content_of(folder) == before
 
 
 # --- killed, resumed, two at once -------------------------------------------------------------------------------------
@@ -164,7 +156,7 @@ def test_killed_and_resumed(start, place, whole, killed, tmp_path, script):
 
 def test_killed_while_photos_are_decoded(start, tmp_path):
     """Processes that decode photos end when the one they work for is killed, and its folder is free."""
-    words = (SSPA, FEW, "--batch-size 4 --output", tmp_path)
+    words = (SSPA, FEW, "--tune-image full --batch-size 4 --output", tmp_path)
     running = start(*words, RESUME_SECONDS="0")
     children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children")
     running.wait_for(lambda: in_training(tmp_path) and children.read_text())
@@ -226,7 +218,7 @@ def check_refused(start, words, file, odd, remedy, simple=("empty", "torn", "tex
             file.write_bytes(contents[damage])
         before = content_of(file.parent)
         stderr = start(*words, BOMB=os.environ.get("BOMB", "")).end(2)[1]
-        assert stderr.count("\n") == 1 and f" {file}: " in stderr and re.search(f"; .*({remedy})", stderr), damage
+        assert stderr.count("\n") == 1 and re.search(f" {file}[:,].*; .*({remedy})", stderr), damage
         assert "weights_only" not in stderr and content_of(file.parent) == before, damage
     file.write_bytes(good)
 
@@ -289,10 +281,10 @@ def test_damaged_input(start, place, trained, tmp_path, bomb, case):
         file.write_text(good)
         if option == "--labels":  # to it the others are names
             simple = ("empty", "bytes")
-    words = (script, "--test-count 20", option, file)
+    few = {RP: "--text-count 60 --test-count 20", SSPA: FEW}
+    words = (script, few[script], option, file)
     check_refused(start, words, file, odd, remedy, simple)
-    if option != "--descriptions":
-        start(*words, "--epochs 1 --output", tmp_path / "out").end()
+    start(*words, "--output", tmp_path / "out").end()
 
 
 # --- folders, ends ----------------------------------------------------------------------------------------------------
@@ -307,7 +299,8 @@ def test_folder_belongs_to_its_settings(start, trained, tmp_path, script):
     assert again == (trained[script].stdout, f"{folder} is finished; --overwrite does it again\n")
     stderr = start(*words, "--epochs 3 --clip 0.05").end(2)[1]
     assert stderr.count("\n") == 1 and "(epochs 2, not 3; clip 0.0, not 0.05)" in stderr and "--overwrite" in stderr
-    start(*words, "--overwrite --labels", tmp_path / "none.txt").end(2)  # a slip loses nothing
+    for slip in ("--labels nowhere.txt", "--tensorboard"):  # loses nothing
+        start(*words, "--overwrite", slip).end(2)
     assert content_of(folder) == before
     start(*words, "--epochs 3 --overwrite").end()
     assert result_of(folder)["config"]["epochs"] == 3
@@ -378,8 +371,7 @@ def test_log_and_checkpoints(trained, script):
     """A line an epoch and, with --save-all, a model a seed; the first seed's is the checkpoint."""
     folder = trained[script].folder
     lines = read_lines(folder / "log.jsonl")
-    expected = [("seed 0", 1), ("seed 0", 2), ("seed 1", 1), ("seed 1", 2)]
-    assert [(line["run"], line["epoch"]) for line in lines] == expected
+    assert [f"{line['run']}, {line['epoch']}" for line in lines] == ["seed 0, 1", "seed 0, 2", "seed 1, 1", "seed 1, 2"]
     assert all(line["loss"] > 0 and line["seconds"] >= 0 for line in lines) and lines[0]["lr"] > lines[1]["lr"]
     first, second = sorted((folder / "checkpoints").iterdir())
     assert (first.name, second.name) == ("seed 0.safetensors", "seed 1.safetensors")
@@ -412,7 +404,7 @@ def test_labels_never_trained_on(start, place, tmp_path, script):
     torch.testing.assert_close(*learnt, atol=1e-5, rtol=1e-4)  # texts of other lengths beside them: other rounding
     result = result_of(tmp_path / "run")
     new = [label for label in result["per_class"] if not label["trained"]]
-    assert [label["name"] for label in new] == ["boat", "cup"] and len(result["per_class"]) == 18
+    assert [label["name"] for label in new] == ["boat", "cup"]
     assert result["linear_probe_mAP"] is None  # which would learn them
     assert f"2 labels never trained on: mAP {statistics.mean(label['ap'] for label in new):.2f}, zero-shot" in stdout
     start(script, "--output", tmp_path / "again", "--checkpoint", checkpoint).end()
@@ -430,8 +422,8 @@ def test_words_alone_are_not_scored(start, place, tmp_path):
     assert result_of(tmp_path)["photo_count"] == 0 and result_of(tmp_path)["mAP"] is None
 
 
-@pytest.mark.parametrize("script, words", [(RP, TINY[RP]), (SSPA, FEW + "--batch-size 9 --tune-image none"),
-                                           (SSPA, FEW + "--batch-size 9")])
+@pytest.mark.parametrize("script, words", [(RP, TINY[RP]), (SSPA, FEW + "--batch-size 9"),
+                                           (SSPA, FEW + "--batch-size 9 --tune-image full")])
 def test_two_processes_learn_what_one_learns(start, tmp_path, script, words):
     """As torchrun starts them; only the first speaks and writes. Sums differ by rounding."""
     words = (script, words, "--cache", tmp_path / "cache", "--output")
@@ -446,7 +438,7 @@ def test_two_processes_learn_what_one_learns(start, tmp_path, script, words):
 def test_running_options(start, tmp_path):
     """Workers and cache change no number."""
     folder = tmp_path / "run"
-    words = (SSPA, FEW, "--batch-size 8 --overwrite --output", folder)
+    words = (SSPA, FEW, "--tune-image full --batch-size 8 --overwrite --output", folder)
     start(*words, "--workers 0").end()
     first = outcome(folder)
     start(*words, "--workers 3 --cache", tmp_path / "cache").end()
