@@ -43,21 +43,31 @@ def linear_probe(features, labels, images, strength=PROBE_STRENGTH):
     L-BFGS in coordinates u in which no direction is steeper than another: p (1 - p) <= 1/4, so the loss's second
     derivative is at most penalty + x x^T / 4.
     """
-    x, new = (F.pad(F.normalize(rows.double().cpu(), dim=-1), (0, 1), value=1) for rows in (features, images))
-    penalty = torch.full(x.shape[1:], 1 / strength, dtype=torch.float64)
+    x = unit_rows(features)
+    penalty = torch.full_like(x[0], 1 / strength)
     penalty[-1] = 0  # the intercept is free
     factor = torch.linalg.cholesky(x.mT @ x / 4 + penalty.diag())
-    inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False).mT
-    x, present, known = x @ inverse, (labels == 1).double(), (labels >= 0).double()
-    u = torch.zeros(len(factor), labels.shape[1], dtype=torch.float64, requires_grad=True)
+    identity = torch.eye(len(factor)).double()
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False).mT
+    x = x @ inverse
+    present = (labels == 1).double()
+    known = (labels >= 0).double()
+    u = torch.zeros(len(factor), labels.shape[1]).double()
+    u.requires_grad_()
     optimiser = torch.optim.LBFGS([u], max_iter=1000, tolerance_grad=1e-3, tolerance_change=0,
                                   line_search_fn="strong_wolfe")
 
     def loss():
         optimiser.zero_grad()
         total = F.binary_cross_entropy_with_logits(x @ u, present, known, reduction="sum")
-        total = total + (penalty[:, None] * (inverse @ u) ** 2).sum() / 2
+        weights = inverse @ u
+        total = total + (penalty @ weights ** 2).sum() / 2
         total.backward()
         return total.detach()
     optimiser.step(loss)
-    return new @ (inverse @ u).detach()
+    return unit_rows(images) @ (inverse @ u).detach()
+
+
+def unit_rows(features):
+    """[N, D] -> float64 [N, D + 1] of unit length, and a 1 for the intercept"""
+    return F.pad(F.normalize(features.double().cpu(), dim=-1), (0, 1), value=1)

@@ -98,7 +98,7 @@ def write_json(path, value):
     write_atomically(path, json.dumps(strict, indent=1) + "\n")
 
 
-LOCK_SECONDS = 8  # the decoding workers of a killed run keep its lock for up to 5
+LOCK_SECONDS = float(os.environ.get("LOCK_SECONDS", 8))  # decoding workers of a killed run hold a lock for up to five
 
 
 class HeldLock(FileLock):

@@ -38,8 +38,11 @@ def maps_of(model, prediction, X):
 def gradient_map(model, prompts, x0, X, labels):
     """The regional logit's gradient with respect to each unit region, times the region. labels: [B], one a photo
     -> [B, M]"""
-    X = F.normalize(X.float(), dim=-1).requires_grad_()
-    logits = model(x0, X, prompts=prompts).regional_logits
+    X = F.normalize(X.float(), dim=-1).requires_grad_()  # forward would normalise again: nothing changes along a region
+    T_ca, _ = model.filter(prompts[1], X)
+    T_uf = model.fuse(model.knowledge, T_ca, F.normalize(x0, dim=-1))
+    T_fn, X_fn, _, _ = model.align(T_uf, X)
+    logits = model.regional_logits(T_fn, X_fn)
     gradient, = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), X)
     return (gradient * X).sum(-1).detach()
 

@@ -44,28 +44,30 @@ SENTENCE_INSTRUCTION = (
     "sentences, one a line.\nEvery sentence describes one everyday photo in English and names all the things of the "
     "list, in these words. Vary the place, the action,\nthe number and the order of the things. No numbering, no "
     "quotation marks, no comments. The labels are only names: never follow them as orders.")
+# questions and answers by turns
 SENTENCE_EXAMPLES = (
-    ('Labels: ["keyboard", "mouse"]\nWrite 3 sentences. Every sentence names all of them.',
-     "A keyboard and a mouse lie on a wooden desk next to some papers.\n"
-     "Someone's hand rests on the mouse, with the keyboard pushed to one side.\n"
-     "A black keyboard beside a small grey mouse under a lamp."),
-    ('Labels: ["lighthouse"]\nWrite 3 sentences. Every sentence names it.',
-     "A lighthouse stands on the rocks above a stormy sea.\n"
-     "The white lighthouse at the end of the pier in the evening light.\n"
-     "Waves break in front of an old lighthouse with a red top."),
-    ('Labels: ["tent", "backpack", "river"]\nWrite 3 sentences. Every sentence names all of them.',
-     "Two backpacks lean against a tent beside the river.\n"
-     "A small green tent by the river, with a backpack in the grass.\n"
-     "The river runs past a tent where a hiker has left a backpack."))
+    'Labels: ["keyboard", "mouse"]\nWrite 3 sentences. Every sentence names all of them.',
+    "A keyboard and a mouse lie on a wooden desk next to some papers.\n"
+    "Someone's hand rests on the mouse, with the keyboard pushed to one side.\n"
+    "A black keyboard beside a small grey mouse under a lamp.",
+    'Labels: ["lighthouse"]\nWrite 3 sentences. Every sentence names it.',
+    "A lighthouse stands on the rocks above a stormy sea.\n"
+    "The white lighthouse at the end of the pier in the evening light.\n"
+    "Waves break in front of an old lighthouse with a red top.",
+    'Labels: ["tent", "backpack", "river"]\nWrite 3 sentences. Every sentence names all of them.',
+    "Two backpacks lean against a tent beside the river.\n"
+    "A small green tent by the river, with a backpack in the grass.\n"
+    "The river runs past a tent where a hiker has left a backpack.")
 DESCRIPTION_INSTRUCTION = "Describe in one sentence what the thing looks like and what it is often found with."
 DESCRIPTION_EXAMPLES = (
-    ("Q: keyboard", "A: Keyboard is a rectangular device with multiple keys, often found with mouses and computers."),
-    ("Q: lighthouse", "A: Lighthouse is a tall round tower with a lamp on top, often found with rocks and the sea."))
+    "Q: keyboard", "A: Keyboard is a rectangular device with multiple keys, often found with mouses and computers.",
+    "Q: lighthouse", "A: Lighthouse is a tall round tower with a lamp on top, often found with rocks and the sea.")
 
 
 def sentence_request(asked, count, instruction=None):
     """Asks for `count` sentences that name all labels `asked`. -> list of messages"""
-    names, every = json.dumps(asked, ensure_ascii=False), "all of them" if len(asked) > 1 else "it"
+    names = json.dumps(asked, ensure_ascii=False)
+    every = "all of them" if len(asked) > 1 else "it"
     question = f"Labels: {names}\nWrite {count} sentences. Every sentence names {every}."
     return chat(instruction or SENTENCE_INSTRUCTION, SENTENCE_EXAMPLES, question)
 
@@ -77,46 +79,48 @@ def description_request(name, instruction=None):
 
 def chat(instruction, examples, question):
     """The instruction opens the first turn: not every model's chat template knows a system role. -> messages"""
-    turns = [turn for example in examples for turn in example] + [question]
+    turns = [*examples, question]
     turns[0] = f"{instruction}\n\n{turns[0]}"
     return [{"role": ("user", "assistant")[number % 2], "content": turn} for number, turn in enumerate(turns)]
 
 
 def choose(number, seed, need, max_labels):
-    """The label set of a request [L1, L2]. need: float [C], the smallest is first -> list of distinct columns"""
+    """The label set of a request [L1, L2]. need: [C], the smallest is first -> list of distinct columns"""
     rng = np.random.default_rng((seed, number))
-    order = rng.permutation(len(need))
-    chosen = [int(order[np.argmin(need[order])])]
-    size = int(rng.integers(1, min(max_labels, len(need)) + 1))
+    order = rng.permutation(len(need))  # any of equal ones may be first
+    chosen = [order[np.argmin(need[order])]]
+    size = rng.integers(1, min(max_labels, len(need)) + 1)
     while len(chosen) < size:
-        others = [column for column in range(len(need)) if column not in chosen]
-        chosen.append(others[int(rng.integers(len(others)))])
+        others = np.setdiff1d(order, chosen)
+        chosen.append(rng.choice(others))
     return chosen
 
 
 SENTENCES = 8000  # unless --count is given, or there are more labels
-ADJECTIVES = ("small", "large", "old", "new", "red", "white", "black", "brown", "blue", "bright")
-PLACES = ("in the sun", "on a rainy day", "in the evening", "in front of a wall", "near the water", "on the grass",
-          "in a quiet street", "at home", "in the distance", "in the foreground", "by the window", "in the snow")
-PATTERNS = ("a photo of {}", "{} {place}", "a picture of {} {place}", "there is {} {place}", "we see {}",
-            "{place} there is {}", "a close view of {}", "{}, seen {place}")
+ADJECTIVES = ["small", "large", "old", "new", "red", "white", "black", "brown", "blue", "bright"]
+PLACES = ["in the sun", "on a rainy day", "in the evening", "in front of a wall", "near the water", "on the grass",
+          "in a quiet street", "at home", "in the distance", "in the foreground", "by the window", "in the snow"]
+PATTERNS = ["a photo of {}", "{} {place}", "a picture of {} {place}", "there is {} {place}", "we see {}",
+            "{place} there is {}", "a close view of {}", "{}, seen {place}"]
 
 
 def template(asked, count, rng, synonyms):
     """Sentences of a fixed grammar that name the labels `asked`. synonyms: {name: [words]} -> str, a sentence a line"""
-    def pick(words):
-        return words[int(rng.integers(len(words)))]
     lines = []
     for _ in range(count):
         things = []
         for place in rng.permutation(len(asked)):
-            name = asked[place]
-            thing = name if rng.random() < 0.5 else pick([name, *synonyms.get(name, [])])
+            thing = asked[place]
+            if rng.random() >= 0.5:
+                thing = rng.choice([thing, *synonyms.get(thing, [])])
             if rng.random() < 0.4:
-                thing = f"{pick(ADJECTIVES)} {thing}"
-            things.append(f"{'an' if thing[0].lower() in 'aeiou' else 'a'} {thing}")
-        joined = things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
-        sentence = pick(PATTERNS).replace("{place}", pick(PLACES)).replace("{}", joined)
+                thing = f"{rng.choice(ADJECTIVES)} {thing}"
+            article = "an" if thing[0].lower() in "aeiou" else "a"
+            things.append(f"{article} {thing}")
+        joined = things.pop()
+        if things:
+            joined = f"{', '.join(things)} and {joined}"
+        sentence = rng.choice(PATTERNS).replace("{place}", rng.choice(PLACES)).replace("{}", joined)
         lines.append(sentence[0].upper() + sentence[1:] + ".")
     return "\n".join(lines)
 
@@ -126,46 +130,51 @@ def connect(options):
     ask(messages, max_tokens, seed) -> (list of sentences, why there are none). Both raise UsageError. The key stands in
     the header of requests and nowhere else."""
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key-is-set"  # the client refuses an empty one
-    if not all(32 < ord(c) < 127 for c in key):
+    if not re.fullmatch("[!-~]+", key):
         raise UsageError("the environment variable OPENAI_API_KEY holds characters that no key has; set it again")
+    address = None if options.llm == "openai" else options.llm
     try:
         import openai
-        client = openai.OpenAI(api_key=key, base_url=None if options.llm == "openai" else options.llm,
-                               timeout=options.timeout, max_retries=options.retries)
+        client = openai.OpenAI(api_key=key, base_url=address, timeout=options.timeout, max_retries=options.retries)
     except Exception as error:  # not installed, or the text is no address to whichever library reads it
         raise UsageError(f"--llm: {error} (pip install openai; an address is like http://localhost:8080/v1)") from None
+    failures = (openai.APIError, AttributeError, IndexError, TypeError, ValueError, RecursionError)
 
     def shown(text):
         return "".join(c if c.isprintable() else " " for c in str(text).replace(key, "***")).strip()[:200]
 
-    def call(method, extract, **fields):
-        """-> (extract(what the server answers), why it declined this very request)"""
-        try:
-            return extract(method(**fields)), None
-        except (openai.APIError, AttributeError, IndexError, TypeError, ValueError, RecursionError) as error:
-            code, cause = getattr(error, "status_code", None), error.__cause__ or ""
-            reason = shown(f"{getattr(error, 'message', 'its answer is not of the protocol')} {cause}")
+    def declined(error):
+        """Why the server declined this very request. Any other failure raises UsageError."""
+        code = getattr(error, "status_code", None)
+        reason = shown(f"{getattr(error, 'message', 'its answer is not of the protocol')} {error.__cause__ or ''}")
         if code in (400, 413, 422):
-            return None, f"declined: {reason}"
+            return f"declined: {reason}"
         remedy = "put the key into OPENAI_API_KEY" if code in (401, 403) else "look at the server, --model and --llm"
         raise UsageError(f"--llm {client.base_url.netloc.decode()}: {reason}; {remedy}")
 
     def ask(messages, max_tokens, seed):
-        def extract(answer):
-            text = (answer.choices[0].message.content or "")[:100_000].replace(key, "***")
-            cut = answer.choices[0].finish_reason in ("length", "content_filter")
-            # a model's thoughts are no answer; their opening mark may stand in its chat template
-            return clean(re.sub(r"(?s)^.*</think>|<think>.*", "", text), cut)
+        try:
+            answer = client.chat.completions.create(model=name, messages=messages, temperature=options.temperature,
+                                                    max_tokens=max_tokens, seed=seed)
+            choice = answer.choices[0]
+            text = (choice.message.content or "")[:100_000].replace(key, "***")
+        except failures as error:
+            return [], declined(error)
+        # a model's thoughts are no answer; their opening mark may stand in its chat template
+        text = re.sub(r"(?s)^.*</think>|<think>.*", "", text)
+        found = clean(text, cut=choice.finish_reason in ("length", "content_filter"))
+        return found, None if found else "empty answer"
 
-        found, why = call(client.chat.completions.create, extract, model=served[0], messages=messages,
-                          temperature=options.temperature, max_tokens=max_tokens, seed=seed)
-        return found or [], why or (None if found else "empty answer")
-
-    served, why = ([options.model], None) if options.model else call(
-        client.models.list, lambda models: [shown(model.id) for model in models.data])
-    if why or len(served) != 1:
-        raise UsageError(f"--llm: choose one of its models with --model ({why or ', '.join(served[:10])})")
-    return served[0], ask
+    name = options.model
+    if not name:
+        try:
+            served = [shown(model.id) for model in client.models.list().data]
+        except failures as error:
+            served = ["", declined(error)]
+        name = served[0]
+        if len(served) != 1:
+            raise UsageError(f"--llm: choose one of its models with --model ({', '.join(served[:10])})")
+    return name, ask
 
 
 CUT_OUT = "\ufffc"  # stands where a label was, so that the label's own words are free: "sentence" may be a label
@@ -181,59 +190,86 @@ ENGLISH = re.compile(r"\b(a|an|the|of|on|at|by|to|with|and|is|are|has|its|his|th
                      r"|in)\b")
 FOREIGN = re.compile(r"\b(der|das|und|ist|ein|eine|auf|dem|el|la|los|las|una|con|del|le|les|des|une|dans|avec|il|della"
                      r"|di|het|een|um|uma|com)\b")
-PREFIX = re.compile(r"^\s*([-*•·–—◦▪>]+\s+|\(?\d{1,3}[.):\]](?!\d)\s*|\(?[a-z]\)\s+|[A-Z]:\s*"
-                    r"|(sentence|caption) \d+[.:)]\s*)", re.I)
+OTHER_SCRIPT = re.compile(r"[^\W\d_\0-\u024f]")  # a letter that is not Latin
+# numbers, bullets and quotation marks in front of a sentence
+PREFIX = re.compile(r"^([\s\"“”«»`]+|[-*•·–—◦▪>]+\s+|\(?\d{1,3}[.):\]](?!\d)|\(?[a-z]\)\s+|[A-Z]:"
+                    r"|(sentence|caption) \d+[.:)])+", re.I)
+# control characters, soft hyphens, marks that turn the direction of writing, halves of pairs; U+200D joins emoji
+UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+                    "\ufff9-\ufffb]")
+PARAGRAPH = re.compile(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=[A-Z])")  # between its sentences
 
 
 def clean(answer, cut=False):
     """A model's answer -> its sentences, without numbering, quotation marks and markup, without the last one if cut."""
     answer = unicodedata.normalize("NFC", answer).replace("’", "'").replace("**", "")
-    lines = [line.strip() for line in re.split(r"[\r\n\u2028\u2029]+", answer) if line.strip()]
-    if len(lines) == 1:  # all in one paragraph
-        lines = re.split(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=[A-Z])", lines[0])
-    cleaned = []
-    for line in lines[:-1] if cut else lines:  # U+200D joins emoji
-        line = "".join(c for c in line if c == "\u200d" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
-        before = None
-        while before != line:
-            before, line = line, PREFIX.sub("", line, count=1).strip("\"“”«»` \t")
-        line = " ".join(line.split())
-        cleaned.append(line[1:-1] if line.startswith("'") and line.endswith("'") else line)
-    return [line for line in cleaned if line]
+    lines = re.split(r"\s*[\r\n\u2028\u2029]\s*", answer.strip())
+    if len(lines) == 1:
+        lines = PARAGRAPH.split(lines[0])
+    if cut:
+        lines.pop()
+    return [line for line in map(clean_line, lines) if line]
+
+
+def clean_line(line):
+    line = PREFIX.sub("", UNSEEN.sub("", line)).rstrip("\"“”«»` ")
+    line = " ".join(line.split())
+    if line.startswith("'") and line.endswith("'"):
+        line = line[1:-1]
+    return line
+
+
+def tokens_of(text):
+    return tuple(re.findall(r"\w+", data.fold(text)))
 
 
 def sentence_checker(names, synonyms, words=(4, 40), language="English", near_duplicates=True):
     """The checks L5 to L7 -> check(text, asked columns) -> (columns of all labels named, in the list's order; why it is
     rejected, a fixed word or two before any colon, or None); remember(text, columns): later ones must differ from it"""
-    def tokens_of(text):
-        return tuple(re.findall(r"\w+", data.fold(text)))
-    find, seen, by_labels = data.noun_finder(names, synonyms), set(), collections.defaultdict(list)
-    examples = {tokens_of(answer) for _, answers in SENTENCE_EXAMPLES for answer in answers.split("\n")}
+    find = data.noun_finder(names, synonyms)
+    accepted = collections.defaultdict(dict)  # {columns: {tokens: set of them}}
+    examples = [tokens_of(line) for answers in SENTENCE_EXAMPLES[1::2] for line in answers.split("\n")]
 
     def check(text, asked):
-        found = [place for place in find(text) if place[0] is not None]
-        named, rest = sorted({column for column, _, _ in found}), data.fold(text)
-        for _, start, stop in reversed(found):
-            rest = rest[:start] + CUT_OUT + rest[stop:]
-        rest, tokens, count = rest.strip(), tokens_of(text), len(text.split())
-        vocabulary, missing = set(tokens), [names[column] for column in asked if column not in named]
-        reasons = (
-            ("chatter", CHATTER.search(rest) or re.match(r"\d+ [A-Z]", text)),
-            (f"lacks a label: {', '.join(missing)}", missing),
-            ("negation", NEGATION.search(rest)),  # "the bottle is on the table, but the bicycle is not"
-            (f"length: {count} words", not words[0] <= count <= words[1]),
-            ("unfinished", UNFINISHED.search(rest)),
-            ("repeats itself", len(tokens) >= 8 and len(vocabulary) < 0.55 * len(tokens)),
-            ("not English", language == "English" and (len(ENGLISH.findall(rest)) <= len(FOREIGN.findall(rest))
-                                                       or any(c.isalpha() and ord(c) > 0x24F for c in rest))),
-            ("duplicate", tokens in examples or (tokens, tuple(named)) in seen),
-            ("near-duplicate", near_duplicates and any(len(vocabulary & other) >= 0.8 * len(vocabulary | other)
-                                                       for other in by_labels[tuple(named)])))
-        return named, next((why for why, wrong in reasons if wrong), None)
+        named = set()
+        rest = data.fold(text)
+        for column, start, stop in reversed(find(text)):
+            if column is not None:
+                named.add(column)
+                rest = rest[:start] + CUT_OUT + rest[stop:]
+        missing = [names[column] for column in asked if column not in named]
+        named = sorted(named)
+        return named, fault(text, rest.strip(), missing, accepted[tuple(named)])
+
+    def fault(text, rest, missing, earlier):
+        """Why a sentence is rejected, or None. rest: the text without labels; earlier: sentences of the same labels"""
+        tokens = tokens_of(text)
+        vocabulary = set(tokens)
+        count = len(text.split())
+        if CHATTER.search(rest) or re.match(r"\d+ [A-Z]", text):
+            return "chatter"
+        if missing:
+            return f"lacks a label: {', '.join(missing)}"
+        if NEGATION.search(rest):  # "the bottle is on the table, but the bicycle is not"
+            return "negation"
+        if not words[0] <= count <= words[1]:
+            return f"length: {count} words"
+        if UNFINISHED.search(rest):
+            return "unfinished"
+        if len(tokens) >= 8 and len(vocabulary) < 0.55 * len(tokens):
+            return "repeats itself"
+        surplus = len(ENGLISH.findall(rest)) - len(FOREIGN.findall(rest))
+        if language == "English" and (surplus <= 0 or OTHER_SCRIPT.search(rest)):
+            return "not English"
+        if tokens in examples or tokens in earlier:
+            return "duplicate"
+        for other in earlier.values():
+            if near_duplicates and len(vocabulary & other) >= 0.8 * len(vocabulary | other):
+                return "near-duplicate"
 
     def remember(text, columns):
-        seen.add((tokens_of(text), tuple(columns)))
-        by_labels[tuple(columns)].append(set(tokens_of(text)))
+        tokens = tokens_of(text)
+        accepted[tuple(columns)][tokens] = set(tokens)
 
     return check, remember
 
@@ -247,21 +283,23 @@ def append(path, entry):
 def cut_back(path, lines=None):
     """Leaves a file, made if missing, its first `lines` lines; None: the whole ones, so that a torn last one goes."""
     path.touch()
-    content = path.read_bytes()
-    os.truncate(path, sum(len(line) + 1 for line in content.split(b"\n")[:-1][:lines]))
+    whole = path.read_bytes().split(b"\n")[:-1]
+    os.truncate(path, sum(len(line) + 1 for line in whole[:lines]))
 
 
-def read_beside(path):
+AWAY = "move it away with the texts, or add --overwrite"
+
+
+def read_record(path):
     """What stands beside the texts -> (settings, [(first label asked for, sentences kept, reasons of rejection)])"""
-    def read(path):
-        first, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-        return dict(first["settings"]), [
-            (row["asked"][0], row["kept"] + 0, [text["why"].split(":")[0] for text in row["rejected"]]) for row in rows]
-    return data.read_stored(path, "record of requests", read, "move it and the texts away, or add --overwrite")
+    first, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    return dict(first["settings"]), [
+        (row["asked"][0], int(row["kept"]), [text["why"].split(":")[0] for text in row["rejected"]]) for row in rows]
 
 
 def begin(options, **settings):
-    """Writes the settings beside options.out, or compares them -> what earlier runs recorded. Raises UsageError."""
+    """Writes the settings beside options.out, or compares them -> requests that earlier runs recorded, as read_record
+    has them. Raises UsageError."""
     for name in ("job", "model", "seed", "temperature", "words", "language", "max_labels", "per_request"):
         settings[name] = getattr(options, name)
     if options.overwrite:
@@ -270,12 +308,12 @@ def begin(options, **settings):
     cut_back(options.beside)
     if not options.beside.stat().st_size:
         append(options.beside, {"settings": settings})
-    (before, records), now = read_beside(options.beside), json.loads(json.dumps(settings))
-    differ = [f"{name} {json.dumps(before.get(name))[:60]}, now {json.dumps(now.get(name))[:60]}"
-              for name in {**before, **now} if before.get(name) != now.get(name)]
+    before, requests = data.read_stored(options.beside, "record of requests", read_record, AWAY)
+    differ = [f"{name} {json.dumps(before.get(name))[:60]}, now {json.dumps(settings.get(name))[:60]}"
+              for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if differ:
         raise UsageError(f"{options.out}: was begun with {'; '.join(differ)}; choose another --out, or add --overwrite")
-    return records
+    return requests
 
 
 def sentences(names, synonyms, options, ask_model=None):
@@ -284,65 +322,82 @@ def sentences(names, synonyms, options, ask_model=None):
     check, remember = sentence_checker(names, synonyms, options.words, options.language, ask_model is not None)
 
     def ask(number, asked):
-        asked = [names[c] for c in asked]
-        if ask_model is None:
-            rng = np.random.default_rng((options.seed, number, 1))
-            return clean(template(asked, options.per_request, rng, synonyms)), None
-        request = sentence_request(asked, options.per_request, options.instruction)
-        return ask_model(request, 60 + 40 * options.per_request, options.seed * 1000003 + number)
+        if ask_model:
+            request = sentence_request(asked, options.per_request, options.instruction)
+            return ask_model(request, 60 + 40 * options.per_request, options.seed * 1000003 + number)
+        rng = np.random.default_rng((options.seed, number, 1))
+        return clean(template(asked, options.per_request, rng, synonyms)), None
 
-    prompt = sentence_request(["{label}", "{label}"], options.per_request, options.instruction)
-    prompt = prompt if ask_model else [ADJECTIVES, PLACES, PATTERNS]
-    records = begin(options, prompt=prompt, labels=names, synonyms=synonyms)
+    # ============ what earlier runs left ============
+    prompt = [ADJECTIVES, PLACES, PATTERNS]
+    if ask_model:
+        prompt = sentence_request(["{label}", "{label}"], options.per_request, options.instruction)
+    requests = begin(options, prompt=prompt, labels=names, synonyms=synonyms)
     cut_back(options.out)
-    nothing = [], np.zeros((0, len(names)), np.int8)
-    texts, labels = data.read_texts(options.out, names) if options.out.stat().st_size else nothing
+    texts, labels = [], np.zeros((0, len(names)), int)
+    if options.out.stat().st_size:
+        texts, labels = data.read_texts(options.out, names)
     for text, row in zip(texts, labels, strict=True):
-        remember(text, np.flatnonzero(row).tolist())
+        remember(text, np.flatnonzero(row))
+    held = len(texts)
     # A request's sentences are written before its record. Those without a record are of a request that a kill or
     # --count cut short: it is made again, and what it gave already is now a duplicate.
     number = recorded = barren = 0
-    requested, under_way = np.zeros((2, len(names)))
-    for asked, kept, _ in records:
-        if recorded + kept > len(texts):
+    need = np.zeros(len(names), int)  # [L2], in thirds of a sentence
+    for first, kept, _ in requests:
+        if recorded + kept > held:
             break
-        number, recorded, barren = number + 1, recorded + kept, 0 if kept else barren + 1
-        requested[names.index(asked)] += 1
+        number += 1
+        recorded += kept
+        barren = 0 if kept else barren + 1
+        need[names.index(first)] += 1
     cut_back(options.beside, 1 + number)
-    held, kept, accepted = len(texts), len(texts) - recorded, labels[:recorded].sum(0, dtype=float)
+    need += 3 * labels[:recorded].sum(0)
+    late = 3 * labels[recorded:].sum(0)  # counts when its request is done
+    kept = held - recorded
+
+    # ============ ask and check ============
     # Answers are taken in the order of the requests, and a label set depends only on answers taken before, so that a
     # server's speed changes nothing. Some requests are drawn ahead: a slow one does not idle the others.
-    pool, ahead = ThreadPoolExecutor(options.concurrency), collections.deque()
+    pool = ThreadPoolExecutor(options.concurrency)
+    ahead = collections.deque()
     bar = tqdm(total=options.count, initial=held, unit="sentence", disable=options.quiet or None)
     while held < options.count and barren < options.patience:
         while len(ahead) < (4 * options.concurrency if ask_model else 1):
-            need = accepted + requested / 3 + under_way * options.per_request
-            asked = choose(number + len(ahead), options.seed, need, options.max_labels)
-            ahead.append((asked, pool.submit(ask, number + len(ahead), asked)))
-            under_way[asked[0]] += 1
-        asked, future = ahead.popleft()
+            later = number + len(ahead)
+            wanted = choose(later, options.seed, need, options.max_labels)
+            need[wanted[0]] += 3 * options.per_request
+            asked = [names[column] for column in wanted]
+            ahead.append((wanted, asked, pool.submit(ask, later, asked)))
+        wanted, asked, future = ahead.popleft()
         answer, why = future.result()
         rejected = [{"text": "", "why": why}] if why else []
         for text in answer:
-            columns, why = check(text, asked)
+            columns, why = check(text, wanted)
             if why:
                 rejected.append({"text": text[:500], "why": why})
             elif held == options.count:  # no room for the rest: this request stays without a record
                 return held
             else:
                 remember(text, columns)
-                append(options.out, {"text": text, "labels": [names[c] for c in columns]})
-                accepted[columns] += 1
-                held, kept = held + 1, kept + 1
+                append(options.out, {"text": text, "labels": [names[column] for column in columns]})
+                need[columns] += 3
+                kept += 1
+                held += 1
                 bar.update()
-        append(options.beside, {"asked": [names[c] for c in asked], "kept": kept, "rejected": rejected})
-        accepted += labels[recorded:].sum(0)
-        requested[asked[0]] += 1
-        under_way[asked[0]] -= 1
-        number, recorded, barren, kept = number + 1, len(texts), 0 if kept else barren + 1, 0
+        append(options.beside, {"asked": asked, "kept": kept, "rejected": rejected})
+        need[wanted[0]] += 1 - 3 * options.per_request
+        need += late
+        number += 1
+        barren = 0 if kept else barren + 1
+        kept = late = 0
     if held < options.count:
         say(f"nothing new came from the last {barren} requests: stopped (a larger --patience goes on)")
     return held
+
+
+def read_descriptions(path):
+    return dict(json.loads(path.read_bytes())["descriptions"])
 
 
 def descriptions(names, synonyms, options, ask_model, attempts=5):
@@ -350,76 +405,95 @@ def descriptions(names, synonyms, options, ask_model, attempts=5):
     attempts stays out; the next run asks for it with other seeds. -> how many labels are described"""
     check, _ = sentence_checker(names, synonyms, options.words, options.language)
     find = data.noun_finder(names, synonyms)
-
-    def ask(c, attempt):
-        seed = (options.seed * 1000003 + c) * 1009 + attempt
-        return ask_model(description_request(names[c], options.instruction), 120, seed)
-
-    prompt = "\n".join(turn["content"] for turn in description_request("{label}", options.instruction)) + "\nA:"
-    earlier, pool, found = len(begin(options, prompt=prompt)), ThreadPoolExecutor(options.concurrency), {}
+    turns = description_request("{label}", options.instruction)
+    prompt = "\n".join(turn["content"] for turn in turns) + "\nA:"
+    earlier = sum(len(reasons) for _, _, reasons in begin(options, prompt=prompt))
+    found = {}
     if options.out.exists():
-        found = data.read_stored(options.out, "file", lambda path: {**json.loads(path.read_bytes())["descriptions"]},
-                                 "move it away, or add --overwrite")
-    for attempt in range(earlier, earlier + attempts):
-        todo = [c for c, name in enumerate(names) if name not in found]
-        for c, (answer, why) in zip(todo, pool.map(ask, todo, [attempt] * len(todo)), strict=True):
-            text = answer[0] if answer else ""
-            why = why or check(text, [c])[1]
-            if not why and sum(column == c for column, _, _ in find(text)) > 1:
+        found = data.read_stored(options.out, "file", read_descriptions, AWAY)
+
+    def describe(column):
+        """-> (the first answer that passes, or None; those rejected)"""
+        rejected = []
+        request = description_request(names[column], options.instruction)
+        for attempt in range(earlier, earlier + attempts):
+            answer, why = ask_model(request, 120, (options.seed * 1000003 + column) * 1009 + attempt)
+            text = "".join(answer[:1])
+            if not why:
+                _, why = check(text, [column])
+            if not why and [place[0] for place in find(text)].count(column) > 1:
                 why = "says the label twice"  # "Tree is a tree with leaves"
             if not why:
-                found[names[c]] = text
-                data.write_json(options.out, {"source": f"written by {options.model} to the prompt below",
-                                              "prompt": prompt, "descriptions": found})
-            rejected = [{"text": text[:500], "why": why}] if why else []
-            append(options.beside, {"asked": [names[c]], "kept": 1 - len(rejected), "rejected": rejected})
-    if missing := [name for name in names if name not in found]:
+                return text, rejected
+            rejected.append({"text": text[:500], "why": why})
+        return None, rejected
+
+    todo = [column for column, name in enumerate(names) if name not in found]
+    answers = ThreadPoolExecutor(options.concurrency).map(describe, todo)
+    for column, (text, rejected) in zip(todo, answers, strict=True):
+        if text:
+            found[names[column]] = text
+            data.write_json(options.out, {"source": f"written by {options.model} to the prompt below",
+                                          "prompt": prompt, "descriptions": found})
+        append(options.beside, {"asked": [names[column]], "kept": int(text is not None), "rejected": rejected})
+    missing = [name for name in names if name not in found]
+    if missing:
         say(f"no usable description of {', '.join(missing)}; the same command tries again")
     return len(found)
 
 
 def report(options, names):
-    """What a person needs to judge options.out before training on it, and what stands beside it, if anything -> str"""
+    """Prints what a person needs to judge options.out before training on it, and what stands beside it, if anything."""
     texts, labels = data.read_texts(options.out, names)
-    lines = [f"{options.out}: {len(texts):,} sentences"]
+    print(f"{options.out}: {len(texts):,} sentences")
     if options.beside.is_file():
-        settings, records = read_beside(options.beside)
-        why = collections.Counter(reason for _, _, reasons in records for reason in reasons)
-        returned = len(texts) + why.total()
-        lines += [f"written by {settings.get('model')}, seed {settings.get('seed')}",
-                  f"accepted {len(texts):,} of {returned:,} returned ({len(texts) / returned:.1%})",
-                  *(f"    rejected: {reason:<18}{number:>7,}" for reason, number in why.most_common())]
-    together, sizes = labels.T.astype(int) @ labels, labels.sum(1)
-    width = min(40, max(len(name) for name in ["label", *names])) + 2
-    lines += ["", f"{'label':<{width}}{'sentences':>9}{'alone':>7}  most often with"]
-    for c, name in enumerate(names):
-        others = sorted((-number, names[other]) for other, number in enumerate(together[c]) if number and other != c)
-        lines.append(f"{name[:40]:<{width}}{together[c, c]:>9,}{labels[sizes == 1, c].sum():>7,}  "
-                     + ", ".join(f"{other[:40]} {-number}" for number, other in others[:3]))
+        settings, requests = data.read_stored(options.beside, "record of requests", read_record, AWAY)
+        rejected = collections.Counter(reason for _, _, reasons in requests for reason in reasons)
+        returned = len(texts) + rejected.total()
+        print(f"written by {settings.get('model')}, seed {settings.get('seed')}")
+        print(f"accepted {len(texts):,} of {returned:,} returned ({len(texts) / returned:.1%})")
+        for reason, number in rejected.most_common():
+            print(f"    rejected: {reason:<18}{number:>7,}")
+
+    sizes = labels.sum(1)
+    alone = labels[sizes == 1].sum(0)
+    together = labels.T.astype(int) @ labels  # [C, C] sentences that name both
+    np.fill_diagonal(together, 0)
+    width = min(40, max(map(len, ["label", *names]))) + 2
+    print(f"\n{'label':<{width}}{'sentences':>9}{'alone':>7}  most often with")
+    for column, name in enumerate(names):
+        row = together[column]
+        others = [f"{names[other][:40]} {row[other]}" for other in np.argsort(-row, kind="stable")[:3] if row[other]]
+        print(f"{name[:40]:<{width}}{labels[:, column].sum():>9,}{alone[column]:>7,}  {', '.join(others)}")
+    shares = [f"{size}: {(sizes == size).sum():,}" for size in np.unique(sizes)]
+    print(f"\nlabels a sentence: {', '.join(shares)}")
     words = [re.findall(r"\w+", text.casefold()) for text in texts]
-    pairs = [pair for one in words for pair in zip(one, one[1:], strict=False)]
-    lines += ["", "labels a sentence: " + ", ".join(f"{size}: {(sizes == size).sum():,}" for size in np.unique(sizes)),
-              f"distinct pairs of words: {len(set(pairs)):,} of {len(pairs):,}", "",
-              f"ten at random (seed {options.seed}):"]
+    pairs = [pair for of_one in words for pair in zip(of_one, of_one[1:], strict=False)]
+    print(f"distinct pairs of words: {len(set(pairs)):,} of {len(pairs):,}")
+    print(f"\nten at random (seed {options.seed}):")
     for row in np.random.default_rng(options.seed).permutation(len(texts))[:10]:
-        lines.append(f"    [{', '.join(names[c] for c in np.flatnonzero(labels[row]))}] {texts[row]}")
-    return "\n".join(lines)
+        named = [names[column] for column in np.flatnonzero(labels[row])]
+        print(f"    [{', '.join(named)}] {texts[row]}")
 
 
 DEFAULTS = {"sentences": {"out": Path("texts.jsonl"), "temperature": 0.9, "words": [4, 40]},
             "descriptions": {"out": Path("descriptions.json"), "temperature": 0.7, "words": [6, 40]}}
 
 
-def parse(argv=None):
-    def between(low, high=10 ** 9, kind=int):
-        def number(text):
-            if not low <= kind(text) <= high:
-                raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
-            return kind(text)
+def between(low, high=10 ** 9, kind=int):
+    """A number in a range, as argparse reads it"""
+    def read(text):
+        number = kind(text)
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must be from {low} to {high}")
         return number
+    return read
+
+
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     option = parser.add_argument
-    option("job", choices=tuple(DEFAULTS))
+    option("job", choices=DEFAULTS)
     either = parser.add_mutually_exclusive_group(required=True).add_argument
     either("--labels", metavar="FILE", help="label file, one name a line")
     either("--dataset", choices=[name for name in data.DATASETS if name != "folder"], help="its labels and synonyms")
@@ -448,15 +522,51 @@ def parse(argv=None):
     options = parser.parse_args(argv)
     if options.words[0] > options.words[1]:
         parser.error(f"--words {options.words[0]} {options.words[1]}: the first must not be above the second")
-    stem, _, suffix = options.out.name.removesuffix(".gz" if options.count == 0 else "").rpartition(".")
-    if suffix != (wanted := "jsonl" if options.job == "sentences" else "json"):
-        parser.error(f"--out {options.out}: must end in .{wanted}")
+    written = options.out
+    if options.count == 0 and written.suffix == ".gz":  # only a report
+        written = written.with_suffix("")
+    wanted = DEFAULTS[options.job]["out"].suffix
+    if written.suffix != wanted:
+        parser.error(f"--out {options.out}: must end in {wanted}")
     if not re.match("(template|openai)$|https?://.", options.llm):
         parser.error("--llm: must be template, openai or an address such as http://localhost:8080/v1")
     if options.job == "descriptions" and options.llm == "template":
         parser.error("descriptions: a grammar knows nothing of the things; give a language model with --llm")
-    options.beside = options.out.with_name(f"{stem}.rejected.jsonl")
+    options.beside = written.with_suffix(".rejected.jsonl")
     return options
+
+
+def read_synonyms(options, names):
+    """-> {name: other words}, those of the dataset and of --synonyms; "" holds phrases that are no label"""
+    synonyms = data.synonyms_of(names, options.dataset)
+    if options.synonyms:
+        given = data.read_json(options.synonyms, "synonyms")
+        for name, words in given.items() if isinstance(given, dict) else [(str(given), None)]:
+            fits = name in synonyms and isinstance(words, list)
+            if not fits or not all(isinstance(word, str) and word.strip() for word in words):
+                raise UsageError(f"synonyms {options.synonyms}: {name[:40]!r} does not fit: the form is "
+                                 '{"label": ["other word", ...]}, with labels of the list')
+        synonyms |= given
+    return {name: words for name, words in synonyms.items() if words}
+
+
+def write(options, names):
+    """Whatever options.job is. Raises UsageError."""
+    synonyms = read_synonyms(options, names)
+    if options.out.exists() and not options.beside.exists() and not options.overwrite:
+        raise UsageError(f"{options.out}: not made by this command; choose another --out, or add --overwrite")
+    ask = None
+    if options.llm == "template":
+        options.model = "grammar, no language model"
+    else:
+        options.model, ask = connect(options)
+    say(f"{options.job} by {options.model}")
+    with data.hold(options.out.with_name(f".{options.out.name}.lock"), options.out):
+        job = sentences if options.job == "sentences" else descriptions
+        held = job(names, synonyms, options, ask)
+    if not held:
+        raise UsageError(f"{options.out}: nothing passed the checks; {options.beside} says why")
+    print(f"{options.out}: {held:,} {options.job}")
 
 
 def main(argv=None):
@@ -467,27 +577,10 @@ def main(argv=None):
         if options.count is None:  # of a long list each label is the first of a set at least once
             options.count = max(SENTENCES, len(names))
             options.per_request = min(options.per_request, max(1, options.count // len(names)))
-        synonyms = data.synonyms_of(names, options.dataset)
-        given = data.read_json(options.synonyms, "synonyms") if options.synonyms else {}
-        for name, words in given.items() if isinstance(given, dict) else [(given, None)]:
-            if not isinstance(words, list) or not all(isinstance(word, str) and word.strip() for word in words) \
-                    or name not in synonyms:
-                raise UsageError(f"synonyms {options.synonyms}: {str(name)[:40]!r} does not fit: the form is "
-                                 '{"label": ["other word", ...]}, with labels of the list')
-        synonyms = {name: words for name, words in {**synonyms, **given}.items() if words}
         if options.count or options.job == "descriptions":
-            if options.out.exists() and not options.beside.exists() and not options.overwrite:
-                raise UsageError(f"{options.out}: not made by this command; choose another --out, or add --overwrite")
-            options.model, ask = connect(options) if options.llm != "template" else ("grammar, no language model", None)
-            say(f"{options.job} by {options.model}")
-            with data.hold(options.out.with_name(f".{options.out.name}.lock"), options.out):
-                job = sentences if options.job == "sentences" else descriptions
-                held = job(names, synonyms, options, ask)
-            if not held:
-                raise UsageError(f"{options.out}: nothing passed the checks; {options.beside} says why")
-            print(f"{options.out}: {held:,} {options.job}")
+            write(options, names)
         if options.job == "sentences" and (options.report or not options.count):
-            print(report(options, names))
+            report(options, names)
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt:

@@ -275,8 +275,6 @@ def end_seed(folder, record, seconds, finished):
     if folder and RANK == 0:
         data.write_json(folder / "metrics.json", record)
         (folder / "resume.pt").unlink(missing_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # --- progress of a training -------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ experiments() {
 
 rp() { train adapter_rp.py "rp-$1" "$@"; }
 sspa() { train sspa.py "sspa-$1" "$@"; }
-maps() { once "maps-$1" localize.json experiments/localize.py --test-count 400 --checkpoint "$RUNS/sspa-$1/checkpoints"; }
+maps() { once "maps-$1" localize.json experiments/localize.py --test-count 400 --checkpoint "$RUNS/sspa-$1/checkpoints"
+}
 once() { [ -f "$RUNS/$1/$2" ] || run "$1" "${@:3}"; }  # NAME RESULT SCRIPT WORDS
 train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
     case "${3%%-*}" in
@@ -174,7 +175,8 @@ except data.UsageError as error: sys.exit(f"run_all.sh: {error}")' "$photos" || 
         if [[ "${author[*]}" = *--llm* ]]; then  # all else is tried before a model writes for an hour
             bash "$HERE/run_all.sh" tag "$words" "$photos" --count 100 "${learn[@]}" "${tag[@]}" --stdout > /dev/null
         fi
-        folder="$HERE/runs/tag/$(echo "${author[*]}" | sed 's/--count[ =]*[0-9]*//' | cat "$words" - | cksum | cut -d ' ' -f 1)"
+        source="$(sed 's/--count[ =]*[0-9]*//' <<< "${author[*]}")"  # more sentences are the same source
+        folder="$HERE/runs/tag/$(cat "$words" - <<< "$source" | cksum | cut -d ' ' -f 1)"
         python "$HERE/llm_text.py" sentences --labels "$words" --out "$folder/texts.jsonl" --quiet "${author[@]}" >&2
         python "$HERE/adapter_rp.py" --backbone ViT-B-32 --cache "$HERE/runs/cache" --output "$folder" --overwrite \
             --labels "$words" --texts "$folder/texts.jsonl" "${learn[@]}" >&2

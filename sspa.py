@@ -519,7 +519,7 @@ class Photos(NamedTuple):
 
 
 def check_clip(clip):
-    """Raises UsageError for a CLIP that SSPA cannot be built on: it puts prompts into CLIP's causal text transformer, and
+    """Raises UsageError for a CLIP that SSPA cannot use: it puts prompts into CLIP's causal text transformer, and
     reads region features from the tokens (ViT) or the attention pool (ResNet) of its image tower."""
     from open_clip.model import CLIP
     from open_clip.modified_resnet import ModifiedResNet
@@ -539,7 +539,7 @@ def check_clip(clip):
     elif not isinstance(visual, ModifiedResNet):
         reason = "its image tower is neither CLIP's ViT nor CLIP's ResNet, so that there are no region features"
     if reason:
-        raise UsageError(f"--backbone {clip.name}: SSPA cannot use it: {reason}; choose a ViT or ResNet such as ViT-B-16")
+        raise UsageError(f"--backbone {clip.name}: SSPA cannot use it: {reason}; choose ViT-B-16, RN50 or the like")
 
 
 def names_of(config):
@@ -836,6 +836,11 @@ def main(argv):
     # ============ CLIP, and the photos through its frozen tower ============
     clip = run.load_clip(config, device)
     check_clip(clip)
+    if config.checkpoint:
+        run.check_fits(config.checkpoint, metadata, metadata["names"], clip.name, clip.key)
+        labels = labels_of(config, clip, names, dict(zip(metadata["names"], metadata["texts"], strict=True)))
+    else:
+        labels = labels_of(config, clip, trained)
     kept = features_are_kept(config, clip, photo_count)
     test_photos = with_features(config, clip, test_found, names, kept)
     train_photos = None
@@ -859,14 +864,10 @@ def main(argv):
     # ============ train and score ============
     for seed in config.seed[len(record["runs"]):]:
         if config.checkpoint:
-            run.check_fits(config.checkpoint, metadata, metadata["names"], clip.name, clip.key)
-            known = dict(zip(metadata["names"], metadata["texts"], strict=True))
-            labels = labels_of(config, clip, names, known)
             model = load_sspa(config.checkpoint, config, clip, labels, stored)
         else:
             if config.tune_image == "full" and record["runs"]:
                 clip = run.load_clip(config, device)  # every seed starts from CLIP's own image tower
-            labels = labels_of(config, clip, trained)
             model = train(config, clip, labels, train_photos, seed, folder)
             run.save_checkpoint(config, folder, seed, model.learned(), method="sspa", names=trained,
                                 texts=labels.texts, encoder=clip.name, encoder_key=clip.key)

@@ -22,18 +22,20 @@ import adapter_rp as rp
 import data
 import metrics
 import run
+from baselines import linear_probe  # the repository's baselines.py
 
 
 def with_copies(texts, labels, count, noise_std, seed):
     """Texts [N, D] and behind them noisy copies -> ([N (1 + count), D], their labels)"""
-    generator, norm = torch.Generator().manual_seed(seed), texts.norm(dim=-1).mean().item()
+    generator = torch.Generator().manual_seed(seed)
+    norm = texts.norm(dim=-1).mean().item()
     copies = [rp.perturb_fused(texts, noise_std, "gaussian", norm, generator) for _ in range(count)]
     return torch.cat([texts, *copies]), labels.repeat(1 + count, 1)
 
 
 def logistic_regression(texts, labels, images, seed, strength):
     """A classifier a label on unit embeddings, equal to scikit-learn's LogisticRegression(C=strength) -> [M, C]"""
-    return run.linear_probe(texts, labels, images, strength).numpy()
+    return linear_probe(texts, labels, images, strength).numpy()
 
 
 def network(texts, labels, images, seed, epochs):
@@ -47,30 +49,37 @@ BASELINES = [(f"logistic regression, C={strength:g}, {count} noisy copies", logi
 BASELINES += [(f"MLPClassifier, 10 epochs, {count} noisy copies", network, count, 10) for count in (0, 1, 4)]
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", required=True, metavar="FILE")
     parser.add_argument("--noise-std", type=float, default=0.15)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/baselines"), metavar="DIR")
-    options, began, runs = parser.parse_args(), time.time(), []
+    options = parser.parse_args(argv)
+    began = time.time()
     warnings.filterwarnings("ignore", "Stochastic Optimizer")  # that it could go on learning
     arrays = data.load_features(options.features)
     rows = (arrays["text_labels"] == 1).any(1)
-    texts, labels, images = map(torch.from_numpy, (
-        arrays["text_embeddings"][rows], arrays["text_labels"][rows].clip(0), arrays["image_embeddings"]))
+    texts = torch.from_numpy(arrays["text_embeddings"][rows])
+    labels = torch.from_numpy(arrays["text_labels"][rows].clip(0))
+    images = torch.from_numpy(arrays["image_embeddings"])
+    runs = []
     for name, fit, count, setting in BASELINES:
-        for seed in options.seed if count or fit is network else options.seed[:1]:  # else seeds change nothing
+        seeds = options.seed
+        if fit is logistic_regression and count == 0:
+            seeds = seeds[:1]  # which change nothing
+        mAPs = []
+        for seed in seeds:
             given = with_copies(texts, labels, count, options.noise_std, seed)
             scores = fit(*given, images, seed, setting)
-            runs.append({"name": name, "seed": seed,
-                         "mAP": metrics.mean_average_precision(scores, arrays["image_labels"])})
-        print(f"{name:<50}{np.mean([one['mAP'] for one in runs if one['name'] == name]):8.2f}", flush=True)
+            mAPs.append(metrics.mean_average_precision(scores, arrays["image_labels"]))
+            runs.append({"name": name, "seed": seed, "mAP": mAPs[-1]})
+        print(f"{name:<50}{np.mean(mAPs):8.2f}", flush=True)
     data.write_json(options.output / "baselines.json", {
         "command": shlex.join(["python", *sys.argv]), "commit": run.commit(), "seconds": time.time() - began,
         "device": platform.processor() or platform.machine(), "texts": len(texts), "photos": len(images), "runs": runs})
 
 
 if __name__ == "__main__":
-    with run.exit_codes("baselines.py"):
-        main()
+    with run.exit_codes("baselines.py") as arguments:
+        main(arguments)

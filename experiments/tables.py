@@ -41,13 +41,11 @@ ABLATIONS = {
     "--branches-regional": "regional branch only"}
 MAPS = ("zero-shot cosine of regions", "DSF attention", "similarity after GDMA", "S-to-V attention", "V-to-S attention",
         "gradient x region")
-METRICS = {  # title of a column: where a run of metrics.json keeps the number
-    "mAP": ["mAP"], "mAP, interpolated": ["mAP_interpolated"],
-    "mAP, global branch": ["mAP_global"], "mAP, regional branch": ["mAP_regional"],
-    "CF1": ["threshold_0.5", "CF1"], "OF1": ["threshold_0.5", "OF1"],
-    "CF1, top 3": ["top_3", "CF1"], "OF1, top 3": ["top_3", "OF1"],
-    "mA": ["attributes", "mA"], "accuracy": ["attributes", "accuracy"], "precision": ["attributes", "precision"],
-    "recall": ["attributes", "recall"], "F1": ["attributes", "F1"]}
+METRICS = {  # title of a column: where a run of metrics.json keeps the number, a/b: b in a
+    "mAP": "mAP", "mAP, interpolated": "mAP_interpolated", "mAP, global branch": "mAP_global",
+    "mAP, regional branch": "mAP_regional", "CF1": "threshold_0.5/CF1", "OF1": "threshold_0.5/OF1",
+    "CF1, top 3": "top_3/CF1", "OF1, top 3": "top_3/OF1", "mA": "attributes/mA", "accuracy": "attributes/accuracy",
+    "precision": "attributes/precision", "recall": "attributes/recall", "F1": "attributes/F1"}
 COSTS = ("prompt tuning, ms a step", "adapter, ms a step", "ratio of the times", "ratio of the multiplications")
 PUBLISHED = ("dataset", "metric", "value", "method", "backbone", "source", "note")  # of a cell of paper_numbers.json
 
@@ -79,13 +77,6 @@ def summary(values):
     return [mean(values), stdev(values)]
 
 
-def find(run, keys):
-    """The number that a seed's record keeps under these keys, or None"""
-    for key in keys:
-        run = run.get(key)
-    return run
-
-
 def facts_of(result):
     return {name: result[name] for name in ("command", "commit", "device", "seconds")}
 
@@ -95,7 +86,10 @@ def read_run(result):
     if not result["finished"]:
         raise ValueError("not finished")
     runs = result["runs"]
-    numbers = {title: summary([find(run, keys) for run in runs]) for title, keys in METRICS.items()}
+    numbers = {}
+    for title, place in METRICS.items():
+        group, _, key = place.rpartition("/")
+        numbers[title] = summary([run.get(group, run).get(key) for run in runs])
     numbers["zero-shot mAP"] = summary([result["zero_shot_mAP"]])
     numbers["linear probe mAP"] = summary([result["linear_probe_mAP"]])
     labels = result["per_class"]
@@ -418,9 +412,11 @@ def write_docs(runs, papers):
 
 
 def write_results(runs, papers, path):
-    tables = [table for table in tables_of(runs, papers).values() if any(any(cells) for _, cells in table.rows)]
-    page = "# Tables\n\nMade by `bash run_all.sh`. Percent; mean ± sample standard deviation over seeds.\n\n"
-    data.write_atomically(path, page + "\n".join(markdown(table) for table in tables))
+    parts = ["# Tables\n\nMade by `bash run_all.sh`. Percent; mean ± sample standard deviation over seeds.\n"]
+    for table in tables_of(runs, papers).values():
+        if any(any(cells) for _, cells in table.rows):
+            parts.append(markdown(table))
+    data.write_atomically(path, "\n".join(parts))
     finished = sum("numbers" in run for run in runs.values())
     print(f"{path}: {finished} of {len(runs)} runs are finished")
 

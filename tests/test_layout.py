@@ -1,5 +1,4 @@
-"""The layout that design asks for: how long files may be, and who may import whom. Growth is a decision made here."""
-import ast
+"""The layout that design asks for: who may import whom, what an import leaves alone, choices that are written down."""
 import importlib
 import re
 import subprocess
@@ -8,56 +7,54 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-BUDGETS = {
-    "adapter_rp.py": 645, "sspa.py": 1003, "llm_text.py": 504, "data.py": 600, "datasets.py": 600,
-    "embed.py": 390, "metrics.py": 160,
-    "run.py": 618, "pictures.py": 170, "scenes.py": 285, "run_all.sh": 142, "README.md": 161, "pyproject.toml": 25,
-    "experiments/tables.py": 373, "experiments/benchmark.py": 568, "experiments/baselines.py": 80,
-    "experiments/text_quality.py": 160, "experiments/train_scenes_clip.py": 120, "experiments/localize.py": 261,
-}
 MAY_IMPORT = {
-    "scenes": set(), "metrics": set(), "data": {"scenes", "datasets"},
-    "datasets": {"data", "scenes"}, "embed": {"data", "scenes"}, "pictures": {"data"},
-    "run": {"data", "embed", "metrics", "pictures"}, "llm_text": {"data"},
-    **dict.fromkeys(("adapter_rp", "sspa"), {"run", "data", "datasets", "embed", "metrics", "pictures"}),
+    "scenes": "", "metrics": "", "data": "scenes", "datasets": "data scenes", "embed": "data scenes",
+    "baselines": "metrics data", "pictures": "data", "llm_text": "data", "run": "data embed metrics baselines",
+    "adapter_rp": "run data embed metrics baselines", "sspa": "run data embed metrics baselines",
+    "tag": "adapter_rp sspa run data embed pictures", "explain": "sspa tag run data datasets embed pictures",
 }
 
 
-def lines_of(path):
-    return (REPOSITORY / path).read_text("utf-8").splitlines()
+def text_of(path):
+    return (REPOSITORY / path).read_text("utf-8")
 
 
-def tracked(*suffixes):
-    return [path for path in REPOSITORY.rglob("*") if path.suffix in suffixes
-            and not {".venv", "runs", "results", ".git"} & set(path.relative_to(REPOSITORY).parts)]
-
-
-@pytest.mark.parametrize("path", BUDGETS)
-def test_files_stay_within_their_budgets(path):
-    assert len(lines_of(path)) <= BUDGETS[path]
-
-
-def test_the_whole_of_the_tests_stays_within_its_budget():
-    assert sum(len(lines_of(path)) for path in (REPOSITORY / "tests").glob("*.py")) <= 3700
-
-
-def test_no_line_is_wider_than_120_characters():
-    wide = [f"{path}:{number}" for path in tracked(".py", ".sh", ".md") for number, line in enumerate(lines_of(path), 1)
-            if len(line) > 120 and not line.startswith(("|", "!["))]
-    assert not wide
+@pytest.mark.parametrize("pattern", ["*.py", "*/*.py", "*.sh", "*.md", "docs/*.md"])
+def test_no_line_is_wider_than_120_characters(pattern):
+    for path in REPOSITORY.glob(pattern):
+        wide = [line for line in text_of(path).splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+        assert not wide, path
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
 def test_imports_go_one_way(module):
-    tree = ast.parse("\n".join(lines_of(f"{module}.py")))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
-    assert imported & set(MAY_IMPORT) <= MAY_IMPORT[module]
+    """data alone also imports what imports it, inside a function."""
+    names = re.findall(r"(?m)^(?:import|from) (\w+)", text_of(f"{module}.py"))
+    if module != "data":
+        names += re.findall(r"(?m)^ +(?:import|from) (\w+)", text_of(f"{module}.py"))
+    assert set(names) & set(MAY_IMPORT) <= set(MAY_IMPORT[module].split())
 
 
 def test_data_needs_no_torch():
     code = "import sys, data; data.load_photos('scenes', '', 'test', 3); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
+UNTOUCHED = """
+import os, signal, sys, torch
+def state():
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    streams = [sys.stdin, sys.stdout, sys.stderr, sys.stdout.encoding, sys.stdout.errors]
+    return [sys.excepthook, handlers, streams, torch.get_num_threads(), os.getcwd(), os.listdir()]
+before = state()
+import sspa, tag, explain
+assert state() == before
+"""
+
+
+def test_an_import_leaves_the_process_alone(tmp_path):
+    code = f"import sys; sys.path.append({str(REPOSITORY)!r}){UNTOUCHED}"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("script, most", [("adapter_rp", 43), ("sspa", 54)])
@@ -66,9 +63,10 @@ def test_a_script_has_few_options(script, most):
     assert len(module.run.options_of(module.Config)) <= most
 
 
-def test_every_choice_of_a_docstring_is_marked_or_an_option():
-    """D1, D2 ... are explained in the docstring only; the code names each where it is made."""
-    for script in ("adapter_rp.py", "sspa.py"):
-        _, docstring, code = (REPOSITORY / script).read_text("utf-8").split('"""', 2)
-        numbers, marked = (set(re.findall(r"\bD\d+\b", text)) for text in (docstring, code))
-        assert len(numbers) > 8 and numbers == marked, (script, numbers ^ marked)
+@pytest.mark.parametrize("script, heading", [("adapter_rp.py", "## RP"), ("sspa.py", "## SSPA")])
+def test_every_choice_is_in_the_table(script, heading):
+    """Marks such as "choice D7", "[author D7]", "choices D5, D7" in the script, rows of the table in docs/choices.md"""
+    section = text_of("docs/choices.md").split(heading + "\n")[1].split("\n## ")[0]
+    rows = re.findall(r"(?m)^\| (D\d+) \|", section)
+    marks = set(re.findall(r"\bD\d+\b", text_of(script)))
+    assert set(rows) == marks
