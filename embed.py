@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sqlite3
+import threading
+import time
 from contextlib import suppress
 from difflib import get_close_matches
 from hashlib import blake2b
@@ -271,6 +273,15 @@ def _decode(clip, augment, batch):
     return images, wrong
 
 
+def _end_with(parent, worker):
+    """Let a worker process end when its parent was killed: it would wait for ever to hand over its batch."""
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def decoded(clip, photos, batches, workers, augment=None, naming=True):
     """Photos decoded by worker processes (None: a core each, at most 16) while the caller computes. batches: lists of b
     row indices (int) into photos; augment: None, or (seed, epoch, smallest share of the area) for random crops that
@@ -285,7 +296,8 @@ def decoded(clip, photos, batches, workers, augment=None, naming=True):
     # it do not hold a batch. The generator, because a DataLoader otherwise draws from torch's global one.
     decode = functools.partial(_decode, clip._replace(model=ImportsFirst(), tokenizer=None), augment)
     loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode,
-                        num_workers=min(workers, os.cpu_count()), generator=torch.Generator())
+                        num_workers=min(workers, os.cpu_count()), generator=torch.Generator(),
+                        worker_init_fn=functools.partial(_end_with, os.getpid()))
     for images, wrong in loader:
         for reason in wrong:
             if reason and naming:

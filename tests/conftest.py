@@ -1,10 +1,16 @@
 """Shared by the tests: where things are, and the real command line as a subprocess."""
+import multiprocessing.forkserver
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+
+import scenes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -38,3 +44,66 @@ def command(cache, tmp_path_factory):
         assert "Traceback" not in done.stderr
         return done
     return run
+
+
+@pytest.fixture(scope="session")
+def start(cache, tmp_path_factory):
+    """start("sspa.py", "--epochs 2 --output", path) -> forked.Running, on the CPU, in a folder elsewhere. Words are
+    split as a shell would, paths are not; other arguments are those of forked.as_script, or environment variables."""
+    import forked  # takes seconds, of tests that need it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
+        multiprocessing.forkserver.set_forkserver_preload(["forked"])
+        multiprocessing.forkserver.ensure_running()
+
+    def begin(script, *words, stdout="stdout", stderr="stderr", full_at=None, cpu=True, **environment):
+        place = tmp_path_factory.mktemp("command")
+        typed = []
+        for word in words:
+            typed += [str(word)] if isinstance(word, Path) else shlex.split(word)
+        if "--cache" not in typed:
+            typed += ["--cache", cache]
+        if cpu and "--gpu" not in typed:
+            typed.append("--cpu")
+        stdout = stdout and place / stdout  # an absolute path stays what it is
+        stderr = place / stderr
+        process = multiprocessing.get_context("forkserver").Process(
+            target=forked.as_script, args=(script, typed, place, stdout, stderr, environment, full_at))
+        process.start()
+        return forked.Running(script, process, stdout, stderr)
+    return begin
+
+
+@pytest.fixture(scope="session")
+def trained(start, tmp_path_factory):
+    """{script: a finished run of two seeds}"""
+    import forked
+    runs = {}
+    for script, words in forked.TINY.items():
+        folder = tmp_path_factory.mktemp("trained")
+        stdout, _ = start(script, words, "--save-all --output", folder).end()
+        runs[script] = SimpleNamespace(folder=folder, checkpoint=folder / "checkpoint.safetensors", stdout=stdout)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder: features of four labels, photos with odd names and a torn one, label lists."""
+    place = tmp_path_factory.mktemp("place")
+    draw = np.random.default_rng(0)
+    centres = draw.normal(size=(4, 16))
+    arrays = {"label_names": ["cat", "dog", "bus", "tree"], "label_embeddings": centres}
+    for name, count in (("text", 240), ("image", 80)):
+        labels = (draw.random((count, 4)) < 0.4).astype(np.int8)
+        arrays[f"{name}_labels"] = labels
+        arrays[f"{name}_embeddings"] = labels @ centres + draw.normal(size=(count, 16))
+    np.savez(place / "features.npz", **arrays)
+    (place / "photos" / "empty").mkdir(parents=True)
+    for row, name in enumerate(("a.png", os.fsdecode(b"caf\xe9 \xff.png"), "ü, 1.jpg")):
+        scenes.picture("test", row)[0].save(place / "photos" / name)
+    torn = (place / "photos/ü, 1.jpg").read_bytes()[:700]
+    (place / "photos/torn.jpg").write_bytes(torn)
+    for name, words in (("few", ["sun", "moon"]), ("foreign", ["sun", "zebra"]), ("reversed", scenes.NAMES[::-1])):
+        (place / f"{name}.txt").write_text("\n".join(words))
+    return place

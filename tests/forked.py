@@ -1,0 +1,104 @@
+"""Commands as people type them, quickly. Importing torch and open_clip takes seconds, a tiny run less than one. So a
+command is a process forked from one that has imported them (multiprocessing's forkserver), in which the script then
+runs as python would run it. The fixture `start` of conftest.py starts one.
+"""
+import json
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import embed
+import sspa  # noqa: F401 (what the forkserver shall have imported)
+
+embed.import_open_clip()
+REPOSITORY = Path(__file__).resolve().parent.parent
+RP, SSPA = "adapter_rp.py", "sspa.py"
+BOTH = pytest.mark.parametrize("script", [RP, SSPA])
+TINY = {RP: "--text-count 300 --test-count 130 --epochs 2 --seed 0 1",
+        SSPA: "--tune-image none --train-count 130 --test-count 130 --epochs 2 --seed 0 1"}
+
+
+def as_script(script, words, folder, stdout, stderr, environment, full_at):
+    """python script words, in a process that has imported torch but nothing of ours. stdout: None is a pipe that
+    nobody reads; full_at: bytes in a file, as on a full disk."""
+    reader, writer = os.pipe()
+    if stdout:
+        writer = os.open(stdout, os.O_WRONLY | os.O_CREAT)
+    os.dup2(writer, 1)
+    os.close(writer)
+    os.close(reader)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    if full_at:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, full_at))
+    multiprocessing.set_start_method("fork", force=True)  # of DataLoader's processes, as in a process of its own
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands down "ignore"
+    socket.getaddrinfo = None  # tests use no network
+    sys.modules["tensorboard"] = None  # as where it is not installed
+    os.environ.update(environment)
+    os.chdir(folder)
+    for path in REPOSITORY.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+    sys.argv = [str(REPOSITORY / script), *words]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Running(NamedTuple):
+    script: str
+    process: multiprocessing.Process
+    stdout: Path
+    stderr: Path
+
+    def end(self, expect=0):
+        """-> (stdout, stderr). A command that ends otherwise than well says why in the last line."""
+        self.process.join(100)
+        self.process.kill()
+        stdout = ""
+        if self.stdout and self.stdout.is_file():
+            stdout = self.stdout.read_text("utf-8", "surrogateescape")
+        stderr = self.stderr.read_text("utf-8", "surrogateescape")
+        told = f"exit code {self.process.exitcode}\n{stdout}\n{stderr}"
+        assert self.process.exitcode == expect and "Traceback" not in stderr, told
+        assert not expect or stderr.splitlines()[-1].startswith(f"{self.script}: "), told
+        return stdout, stderr
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + 100
+        while not condition():
+            assert self.process.is_alive() and time.monotonic() < deadline, self.stderr.read_text()
+            time.sleep(0.002)
+
+
+def start_two(start, *words):
+    """The same command twice, as torchrun starts it -> (stdout, stderr) of the first process; the second is silent."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    first, second = [start(*words, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
+    said = first.end()
+    stdout, stderr = second.end()
+    assert not stdout and all(line.startswith("[") for line in stderr.splitlines())  # gloo's own
+    return said
+
+
+def read_lines(path):
+    """The values of a file of JSON lines"""
+    return [json.loads(line) for line in path.read_text("utf-8", "surrogateescape").splitlines()]
+
+
+def result_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
