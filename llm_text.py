@@ -291,10 +291,13 @@ AWAY = "move it away with the texts, or add --overwrite"
 
 
 def read_record(path):
-    """What stands beside the texts -> (settings, [(first label asked for, sentences kept, reasons of rejection)])"""
-    first, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    return dict(first["settings"]), [
-        (row["asked"][0], int(row["kept"]), [text["why"].split(":")[0] for text in row["rejected"]]) for row in rows]
+    """What stands beside the texts -> (settings, [(first label asked for, sentences kept, reasons of rejection)]).
+    Raises UsageError."""
+    with data.reading(path, "record of requests", AWAY) as path:
+        first, *rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+        return dict(first["settings"]), [
+            (row["asked"][0], int(row["kept"]), [text["why"].split(":")[0] for text in row["rejected"]])
+            for row in rows]
 
 
 def begin(options, **settings):
@@ -308,7 +311,7 @@ def begin(options, **settings):
     cut_back(options.beside)
     if not options.beside.stat().st_size:
         append(options.beside, {"settings": settings})
-    before, requests = data.read_stored(options.beside, "record of requests", read_record, AWAY)
+    before, requests = read_record(options.beside)
     differ = [f"{name} {json.dumps(before.get(name))[:60]}, now {json.dumps(settings.get(name))[:60]}"
               for name in {**before, **settings} if before.get(name) != settings.get(name)]
     if differ:
@@ -396,10 +399,6 @@ def sentences(names, synonyms, options, ask_model=None):
     return held
 
 
-def read_descriptions(path):
-    return dict(json.loads(path.read_bytes())["descriptions"])
-
-
 def descriptions(names, synonyms, options, ask_model, attempts=5):
     """One checked sentence a label, in SSPA's manner, written to options.out one by one. A label whose answers fail all
     attempts stays out; the next run asks for it with other seeds. -> how many labels are described"""
@@ -410,7 +409,8 @@ def descriptions(names, synonyms, options, ask_model, attempts=5):
     earlier = sum(len(reasons) for _, _, reasons in begin(options, prompt=prompt))
     found = {}
     if options.out.exists():
-        found = data.read_stored(options.out, "file", read_descriptions, AWAY)
+        with data.reading(options.out, "file", AWAY):
+            found = dict(json.loads(options.out.read_bytes())["descriptions"])
 
     def describe(column):
         """-> (the first answer that passes, or None; those rejected)"""
@@ -447,7 +447,7 @@ def report(options, names):
     texts, labels = data.read_texts(options.out, names)
     print(f"{options.out}: {len(texts):,} sentences")
     if options.beside.is_file():
-        settings, requests = data.read_stored(options.beside, "record of requests", read_record, AWAY)
+        settings, requests = read_record(options.beside)
         rejected = collections.Counter(reason for _, _, reasons in requests for reason in reasons)
         returned = len(texts) + rejected.total()
         print(f"written by {settings.get('model')}, seed {settings.get('seed')}")
