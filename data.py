@@ -526,9 +526,3 @@ def load_features(path):
                 raise ValueError(f"{name} must hold 1 (present), 0 (absent) or -1 (ignored) only")
             arrays[name] = array.astype(np.int8 if is_labels else np.float32)
         return {**arrays, "label_names": names}
-
-
-def read_stored(path, what, read, remedy):
-    """read(Path(path)), its failures translated by `reading`."""
-    with reading(path, what, remedy) as path:
-        return read(path)
