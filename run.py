@@ -297,7 +297,6 @@ class Progress:
         self.save_seconds = 0.0
         self.bar = tqdm(initial=self.epochs_done * steps, total=config.epochs * steps, desc=f"training {title}",
                         unit="step", disable=config.quiet or RANK > 0 or None)
-        self.bar.disable = self.bar.disable or not sys.stderr.isatty()
         self.board = None
         if config.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -380,7 +379,7 @@ def fill(tensors, stored):
 
 
 # --- checkpoint -------------------------------------------------------------------------------------------------------
-OWN_CHECKPOINT = "pass a checkpoint.safetensors that this script wrote"
+OWN_CHECKPOINT = "pass a checkpoint.safetensors that adapter_rp.py or sspa.py wrote"
 
 
 def save_checkpoint(config, folder, seed, tensors, **metadata):
@@ -406,7 +405,7 @@ def read_checkpoint(path, method=None):
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
             metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
         if metadata.get("method") not in ("rp", "sspa") or method not in (None, metadata["method"]):
-            raise ValueError("it holds no model of this script")
+            raise ValueError("it holds no model that can be used here")
         for name, kind in {"names": list, "settings": dict, "encoder": str, "encoder_key": str, "seed": int}.items():
             if not isinstance(metadata[name], kind):
                 raise ValueError(f"its {name} is of another form")

@@ -249,8 +249,8 @@ INPUTS = {  # option and file: script, what is good, the remedy
     "--texts texts.jsonl": (RP, TEXTS, "each line must be|check both|give a UTF-8"),
     "--descriptions table.json": (SSPA, '{"descriptions": {"sun": "A sun is round."}}', "must be|valid JSON|UTF-8"),
     "--features features.npz": (RP, None, "it must be an .npz without pickles of text_embeddings"),
-    "--checkpoint rp.safetensors": (RP, None, "pass a checkpoint.safetensors that this script wrote"),
-    "--checkpoint sspa.safetensors": (SSPA, None, "pass a checkpoint.safetensors that this script wrote")}
+    "--checkpoint rp.safetensors": (RP, None, "pass a checkpoint.safetensors that adapter_rp.py or sspa.py wrote"),
+    "--checkpoint sspa.safetensors": (SSPA, None, "pass a checkpoint.safetensors that adapter_rp.py or sspa.py wrote")}
 
 
 @pytest.mark.parametrize("case", INPUTS)
