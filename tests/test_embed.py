@@ -6,12 +6,15 @@ import pickle
 import random
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -351,3 +354,15 @@ def test_processes_of_torchrun_share_the_photos(clip, tmp_path, monkeypatch):
     assert colour.sizes == [3, 3] and come.called
     assert torch.equal(rows[4]["mean"], other[2]["mean"])
     assert sorted(os.listdir(tmp_path)) == ["features.0.sqlite", "features.1.sqlite"]
+
+
+def test_a_worker_ends_with_its_parent():
+    """The parent is killed while its worker waits for ever; what both would write to is closed when both have ended."""
+    code = ("import os, time, embed; parent = os.getpid(); child = os.fork()\n"
+            "if not child: embed._end_with(parent, 0)\n"
+            "print(child, flush=True); time.sleep(100)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=20)
