@@ -8,7 +8,7 @@ H hidden width.
 The method, part by part, in the paper's order            where
     frozen CLIP embeddings of texts         [N, D]        embed_inputs; embed.embed_texts
     # RP: random perturbation  t + eps      [B, D]        perturb_reference
-    # RP: adapter                     [B, D] -> [B, H]    Adapter.hidden_features
+    # RP: adapter                     [B, D] -> [B, H]    Adapter.features
     # RP: label classifiers           [B, H] -> [B, C]    Adapter.classifiers
     # RP: loss                                            asymmetric_loss_reference, ranking_loss
     # RP: classifiers and loss together                   classifier_loss_reference
@@ -51,31 +51,32 @@ PROMPT = "a photo of a {}."  # choice D9: for the zero-shot baseline and label e
 
 @dataclass
 class Config(run.Options):
-    features: str = option(None, "ready-made embeddings, one .npz (layout: data.load_features), for --dataset and CLIP",
-                           "data", metavar="FILE")
+    features: str = option(None, "ready-made embeddings, one .npz (layout: data.load_features), instead of a "
+                           "dataset and CLIP", "data", metavar="FILE")
     texts: str = option(None, 'training texts: .jsonl of {"text": ..., "labels": [...]}, COCO\'s captions .json, or a '
                         "caption a line; labels of captions by noun matching", "data", metavar="FILE")
     text_count: int = option(None, "so many sentences, where they are made here (default: 8000, or as many as labels)",
-                             "data", at_least=1, metavar="N")
+                             "data", type=run.COUNT, metavar="N")
     precision: str = option("fp32", "CLIP's numbers", "CLIP", choices=("fp32", "bf16"))
     noise_law: str = option("gaussian", "what the noise on text embeddings is drawn from [choice D1]",
                             choices=("gaussian", "uniform", "sphere", "none"))
-    noise_std: float = option(0.15, "its standard deviation, times the mean text norm; added after --normalize, and "
-                              "not normalised again [choice D2]", at_least=0)
+    noise_std: float = option(0.15, "its standard deviation per coordinate, in mean text norms; added after "
+                              "--normalize, and not normalised again [choice D2]", type=run.NOT_NEGATIVE)
     normalize: bool = option(False, "embeddings of length 1 instead of raw ones, before the noise [choice D3]")
     adapter: str = option("mlp", "mlp: a hidden layer; linear: none [choice D4]", choices=("mlp", "linear"))
     head: str = option("per-label", "how labels are read off: a classifier for each, or by likeness to their names' "
                        "embeddings, new ones too [choice D6]", choices=("per-label", "label-embedding"))
     loss: str = option("asymmetric", "what training lowers: asymmetric [author D7] spares easy absent labels, bce is "
                        "plain, ranking compares labels", choices=("asymmetric", "bce", "ranking"))
-    gamma_neg: float = option(4.0, "asymmetric loss: larger spares easy absent labels more [author D7]", at_least=0)
+    gamma_neg: float = option(4.0, "asymmetric loss: larger spares easy absent labels more [author D7]",
+                              type=run.NOT_NEGATIVE)
     clip: float = option(0.0, "that loss: an absent label below this probability costs nothing [author D7]",
-                         at_least=0, below=1)
+                         type=run.SHARE)
     focal_gradient: str = option("full", "that loss: its weights are differentiated too [choice D7]; stopped [author]",
                                  choices=("full", "stopped"))
-    lr: float = option(1e-3, "learning rate at the start; it falls to 0 [choice D8]", above=0)
-    epochs: int = option(30, "passes over the texts [choice D8]", at_least=1)
-    batch_size: int = option(512, "texts a step [choice D8]", at_least=1)
+    lr: float = option(1e-3, "learning rate at the start; it falls to 0 [choice D8]", type=run.POSITIVE)
+    epochs: int = option(30, "passes over the texts [choice D8]", type=run.COUNT)
+    batch_size: int = option(512, "texts a step [choice D8]", type=run.COUNT)
 
 
 # --- RP: random perturbation ------------------------------------------------------------------------------------------
@@ -129,8 +130,8 @@ class Adapter(nn.Module):
         """In +-1 / sqrt(fan in), PyTorch's own start for linear layers"""
         return nn.Parameter((2 * torch.rand(shape, generator=self.draw) - 1) / math.sqrt(fan_in))
 
-    def hidden_features(self, x):
-        """[N, D] -> what the classifiers multiply: [N, H] (linear: x), or scaled unit embeddings [N, D]"""
+    def features(self, x):
+        """[N, D] -> what the classifiers multiply: [N, H] (linear: x); else scaled unit vectors [N, D]"""
         hidden = x
         if self.kind == "mlp":
             hidden = torch.relu(F.linear(x, self.w1, self.b1))
@@ -148,7 +149,7 @@ class Adapter(nn.Module):
     def forward(self, x, label_embeddings=None):
         """Logits [N, C] of embeddings [N, D]."""
         weight, bias = self.classifiers(label_embeddings)
-        return F.linear(self.hidden_features(x), weight, bias)
+        return F.linear(self.features(x), weight, bias)
 
 
 # --- RP: losses -------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=4.0, gamma_pos=0.0, cli
     """
     check_targets(targets)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))              # half precision overflows in sums
-    tiny = torch.finfo(z.dtype).tiny  # keeps 0^(gamma-1) out of the backward pass; the log beside it is 0 there
+    tiny = torch.finfo(z.dtype).tiny  # avoids 0^(gamma - 1) = inf in the backward pass
     q = (torch.sigmoid(z) - clip).clamp_min(tiny)
     present_weight = torch.sigmoid(-z).clamp_min(tiny) ** gamma_pos
     absent_weight = q ** gamma_neg
@@ -188,7 +189,7 @@ def ranking_loss(logits, targets, margin=MARGIN):
     return (torch.relu(margin - logits[..., :, None] + logits[..., None, :]) * pairs).sum() / logits.shape[-2]
 
 
-# --- RP: classifiers and loss together, the hot path ------------------------------------------------------------------
+# --- RP: classifiers and loss together --------------------------------------------------------------------------------
 def classifier_loss_reference(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0,
                               focal_gradient="full"):
     """Asymmetric loss of hidden W^T + b.  hidden: [B, H]; weight: [C, H]; bias: [C]; targets: [B, C] -> scalar"""
@@ -199,13 +200,13 @@ def classifier_loss_reference(hidden, weight, bias, targets, gamma_neg=4.0, gamm
 def text_loss(config, adapter, x, targets, label_embeddings):
     """Loss of perturbed embeddings x [B, D] with targets [B, C], by --loss and --impl -> scalar"""
     if config.loss == "ranking":
-        return ranking_loss(adapter(x, label_embeddings), targets, MARGIN)
-    exponents = (config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
+        return ranking_loss(adapter(x, label_embeddings), targets)
+    loss_settings = (config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
     if config.loss == "bce":
-        exponents = (0, 0, 0)
+        loss_settings = (0, 0, 0)
     weight, bias = adapter.classifiers(label_embeddings)
     classifier_loss = classifier_loss_fused if config.impl == "fused" else classifier_loss_reference
-    return classifier_loss(adapter.hidden_features(x), weight, bias, targets, *exponents)
+    return classifier_loss(adapter.features(x), weight, bias, targets, *loss_settings)
 
 
 # --- labels, texts, photos --------------------------------------------------------------------------------------------
@@ -233,7 +234,7 @@ def names_of(config):
 def find_photos(config, names):
     """Test photos of the dataset, if it has all these labels -> data.LabelledPhotos or None. Nothing is decoded yet."""
     own = data.label_names(config.dataset, config.data_root)
-    asked_for = "dataset" in config.given or not config.labels
+    asked_for = "dataset" in config.given or not config.labels  # --labels alone are words for photos of one's own
     if not asked_for or not set(names) <= set(own):
         return None
     found = data.load_photos(config.dataset, config.data_root, "test", config.test_count, config.policy)
@@ -249,7 +250,7 @@ def training_texts(config, names):
         rows = data.drawn(len(texts), config.train_count)
         texts = [texts[row] for row in rows]
         labels = labels[rows]
-    else:  # made here; each label is the first of one at least
+    else:  # made here; every label leads at least one sentence
         count = config.text_count or max(8000, len(names))
         texts, labels, source = data.default_texts(config.dataset, names, count)
 
@@ -302,7 +303,7 @@ def load_inputs(config, names):
     columns = [known.index(name) for name in names]
     text_labels = arrays["text_labels"][:, columns]
     texts = data.drawn(len(text_labels), config.train_count)
-    if len(names) >= data.FEW:  # shorter lists learn from texts without any of them, too
+    if len(names) >= data.FEW:  # long lists leave out texts without any of them
         texts = texts[(text_labels[texts] == 1).any(1)]
     if not (text_labels[texts] == 1).any():
         raise UsageError(f"features file {config.features}: no text has any of the {len(names)} labels")
@@ -337,8 +338,8 @@ def prepared(config, embeddings):
 
 # --- train ------------------------------------------------------------------------------------------------------------
 def train(config, inputs, seed, device, folder):
-    """-> Adapter. Randomness hangs on the seed and the epoch alone (order, noise): an interrupted training goes on
-    exactly, and runs of one seed may differ in the strength of their noise and nothing else. Raises run.Diverged."""
+    """-> Adapter. Randomness depends on the seed and the epoch alone: an interrupted training goes on exactly, and runs
+    of one seed have the same first weights, orders and noise draws, whatever --noise-std. Raises run.Diverged."""
     # ============ frozen embeddings ============
     texts = prepared(config, inputs.text_embeddings).to(device)                  # [N, D]
     text_labels = inputs.text_labels.to(device)                                  # [N, C]
@@ -346,7 +347,6 @@ def train(config, inputs, seed, device, folder):
     count, width = texts.shape
     mean_norm = texts.norm(dim=-1).mean().item()                                 # choice D1: unit of the noise
     perturb = perturb_fused if config.impl == "fused" else perturb_reference
-    noise_law = config.noise_law if config.noise_std > 0 else "none"  # which draws nothing
 
     # ============ adapter and optimiser ============
     adapter = Adapter(width, len(label_embeddings), seed, config.adapter, config.head).to(device)
@@ -368,12 +368,11 @@ def train(config, inputs, seed, device, folder):
             # learning rate: cosine to 0  [choice D8]
             done = (epoch * steps + step) / total_steps
             lr = config.lr * 0.5 * (1 + math.cos(math.pi * done))
-            for group in optimiser.param_groups:
-                group["lr"] = lr
+            optimiser.param_groups[0]["lr"] = lr
 
             # texts with fresh noise
             rows = order[step * config.batch_size:(step + 1) * config.batch_size]
-            x = perturb(texts[rows], config.noise_std, noise_law, mean_norm, noise_generator)        # [B, D]
+            x = perturb(texts[rows], config.noise_std, config.noise_law, mean_norm, noise_generator)        # [B, D]
 
             # loss and step
             loss = text_loss(config, adapter, x, text_labels[rows], label_embeddings)
@@ -398,8 +397,11 @@ def evaluate(config, adapter, inputs, device, rows=8192):
     return run.measure(logits.numpy(), scores.numpy(), inputs.image_labels)
 
 
-def load_adapter(path, config, names, stored):
-    """stored: tensors of a checkpoint -> Adapter. Raises UsageError where they do not fit the settings."""
+def load_adapter(config, path, stored, metadata, names, encoder, encoder_key):
+    """A checkpoint's adapter with these labels: with the label-embedding head perhaps others than those of its
+    training. stored, metadata: what run.read_checkpoint gave -> Adapter. Raises UsageError."""
+    expected = names if config.head == "per-label" else metadata["names"]  # the other head reads any labels
+    run.check_fits(path, metadata, expected, encoder, encoder_key)
     first_layer = stored.get("w1", stored.get("w2"))
     with data.reading(path, "checkpoint", run.OWN_CHECKPOINT):
         adapter = Adapter(first_layer.shape[1], len(names), 0, config.adapter, config.head)
@@ -411,15 +413,13 @@ class Tagger:
     """A trained adapter for photos of one's own (tag.py)."""
 
     def __init__(self, config, path, stored, metadata, clip, names):
-        """config: as the adapter was trained; stored, metadata: of its checkpoint; names: labels, other ones than those
-        of the training with the label-embedding head only. Raises UsageError."""
-        expected = names if config.head == "per-label" else metadata["names"]
-        run.check_fits(path, metadata, expected, clip.name, clip.key)
+        """config: as the adapter was trained; the others: see load_adapter"""
         self.config = config
         self.clip = clip
         self.encoder = f"image {clip.key} {clip.precision}"  # the cache holds embeddings, which other adapters use too
+        adapter = load_adapter(config, path, stored, metadata, names, clip.name, clip.key)
+        self.adapter = adapter.to(clip.device)
         self.label_embeddings = embed_prompts(clip, names, config.cache).to(clip.device)
-        self.adapter = load_adapter(path, config, names, stored).to(clip.device)
 
     def encode(self, images):
         """[b, 3, H, W] -> what is cached of each photo"""
@@ -486,21 +486,19 @@ def main(argv):
         seen = only_labels(inputs, [names.index(name) for name in trained])
     for seed in config.seed[len(record["runs"]):]:
         if config.checkpoint:
-            expected = names if config.head == "per-label" else metadata["names"]
-            run.check_fits(config.checkpoint, metadata, expected, inputs.encoder, inputs.encoder_key)
+            adapter = load_adapter(config, config.checkpoint, stored, metadata, names, inputs.encoder,
+                                   inputs.encoder_key).to(device)
             if inputs.image_labels is None:
-                raise UsageError(f"{config.dataset} has no labels of its photos for these; tag.py tags photos")
-            adapter = load_adapter(config.checkpoint, config, names, stored).to(device)
+                raise UsageError("no test photos for these labels; --dataset names one that has them")
         else:
             adapter = train(config, seen, seed, device, folder)
             run.save_checkpoint(config, folder, seed, adapter.state_dict(), method="rp", names=trained,
-                                encoder=inputs.encoder, encoder_key=inputs.encoder_key)
+                                settings=record["settings"], encoder=inputs.encoder, encoder_key=inputs.encoder_key)
         result = {"seed": seed}
         if inputs.image_labels is not None:
             result |= evaluate(config, adapter, inputs, device)
         record["runs"].append(result)
-        record["peak_memory_mib"] = run.peak_memory_mib(device)
-        run.end_seed(folder, record, time.time() - began, seed == config.seed[-1])
+        run.end_seed(folder, record, began)
     report(record)
 
 
@@ -518,7 +516,7 @@ def report(record):
 # --- RP: fast paths, each the same as its plain formula ---------------------------------------------------------------
 def perturb_fused(embeddings, noise_std, law, mean_norm, generator):
     """Same as perturb_reference, same draws: into one buffer, which is scaled."""
-    noise = torch.empty_like(embeddings, requires_grad=False, memory_format=torch.contiguous_format)
+    noise = torch.empty_like(embeddings, memory_format=torch.contiguous_format)  # the reference's order of draws
     if law == "none":
         noise.zero_()
     elif law == "uniform":
@@ -529,8 +527,6 @@ def perturb_fused(embeddings, noise_std, law, mean_norm, generator):
         raise ValueError(f"unknown noise law {law!r}: gaussian, uniform, sphere or none")
     if law == "sphere":
         noise.mul_(math.sqrt(embeddings.shape[-1]) / noise.norm(dim=-1, keepdim=True))
-    if embeddings.requires_grad:
-        return torch.add(embeddings, noise, alpha=noise_std * mean_norm)
     return noise.mul_(noise_std * mean_norm).add_(embeddings)
 
 
@@ -540,7 +536,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     With p = sigmoid(z), q = max(p - clip, 0), dp/dz = p (1 - p):
         absent:   loss = -q^gamma- log(1-q)        d/dz = q^gamma- (1/(1-q) - gamma- log(1-q) / q) p (1-p)
         present:  loss = -(1-p)^gamma+ log p       d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
-    focal_gradient "stopped": the terms with a gamma before a logarithm are left out.
+    focal_gradient "stopped": the terms with a factor gamma are left out. Where q = 0 both are 0.
     """
     z = z.view(-1)
     targets = targets.reshape(-1)
@@ -552,13 +548,13 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     few_z = z[few]
     z[few] = -math.inf
 
-    # absent
+    # absent: gradient = weight * slope, weight = q^gamma-
     p = torch.sigmoid(z)
-    if clip == 0:  # q = p, and the slope is p^gamma- (p - gamma- (1-p) log(1-p))
+    if clip == 0:  # q = p, slope = p - gamma- (1-p) log(1-p)
         q = p
         log_not_q = F.logsigmoid(z.neg_())
         slope = p
-        if full:  # in the memory of z, which has served
+        if full:  # z is not needed any more, so its memory is used
             slope = z.copy_(p).sub_(1).mul_(log_not_q).mul_(gamma_neg).add_(p)
     else:
         q = (p - clip).clamp_min_(0)
@@ -569,7 +565,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
             slope -= gamma_neg * log_not_q / q.clamp_min(tiny)
         slope *= p * torch.sigmoid(-z)
         slope[q == 0] = 0
-    weight = (q ** (gamma_neg / 2)).square_()  # q^gamma-: at 2 and 4 products, where a power would be slow
+    weight = (q ** (gamma_neg / 2)).square_()  # faster than q^gamma- where gamma- is 2 or 4
     loss = -torch.dot(weight, log_not_q)
     torch.mul(slope, weight, out=z)
 
@@ -598,10 +594,8 @@ class _ClassifierLoss(torch.autograd.Function):
         chunk = max(1, logits_alive(hidden) // batch)
         loss = 0.0
         d_hidden = torch.zeros_like(hidden)
-        d_bias = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
-        d_weight = None
-        if ctx.needs_input_grad[1]:
-            d_weight = torch.empty_like(weight)
+        d_bias = torch.empty_like(bias, memory_format=torch.contiguous_format)
+        d_weight = torch.empty_like(weight)
         for start in range(0, len(weight), chunk):
             part = slice(start, start + chunk)
             z = F.linear(hidden, weight[part], bias[part])                       # [B, chunk]
@@ -609,8 +603,7 @@ class _ClassifierLoss(torch.autograd.Function):
             z /= batch
             d_hidden.addmm_(z, weight[part])
             d_bias[part] = z.sum(0)
-            if d_weight is not None:
-                torch.mm(z.T, hidden, out=d_weight[part])
+            torch.mm(z.T, hidden, out=d_weight[part])
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return loss / batch
 
@@ -618,15 +611,13 @@ class _ClassifierLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         d_hidden, d_weight, d_bias = ctx.saved_tensors
-        if d_weight is not None:
-            d_weight = d_weight * grad
-        return d_hidden * grad, d_weight, d_bias * grad, None, None, None, None, None
+        return d_hidden * grad, d_weight * grad, d_bias * grad, None, None, None, None, None
 
 
 def classifier_loss_fused(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0,
                           focal_gradient="full"):
-    """Same as classifier_loss_reference. B x C logits, probabilities and gradients never exist: a chunk of labels is
-    multiplied out, turned in place into its own gradient, and multiplied into those of hidden, weight and bias."""
+    """Same as classifier_loss_reference. A chunk of labels at a time is multiplied out, turned in place into its own
+    gradient, and multiplied into those of hidden, weight and bias: of B x C only logits_alive exist at once."""
     check_targets(targets)
     kind = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):

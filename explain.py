@@ -29,9 +29,9 @@ def maps_of(model, prediction, X):
     X_fn = F.normalize(prediction.region_features, dim=-1)
     maps["similarity after GDMA"] = T_fn @ X_fn.mT
     if model.s_to_v is not None:
-        maps["S-to-V attention"] = model.s_to_v.attention(X, prediction.fused).mT
+        maps["S-to-V attention"] = model.s_to_v.attention(X, prediction.T_uf).mT
     if model.v_to_s is not None:
-        maps["V-to-S attention"] = model.v_to_s.attention(prediction.fused, X)
+        maps["V-to-S attention"] = model.v_to_s.attention(prediction.T_uf, X)
     return maps
 
 
@@ -87,12 +87,10 @@ def main(argv):
     add("checkpoint", metavar="CHECKPOINT", help="of sspa.py")
     add("photos", nargs="+", metavar="PHOTOS", help="files or folders")
     add("--labels", metavar="FILE", help="other labels than it was trained on, one a line")
-    add("--top-k", type=int, default=3, metavar="K", help="so many labels a photo (default: 3)")
+    add("--top-k", type=run.COUNT, default=3, metavar="K", help="so many labels a photo (default: 3)")
     add("--output", default="explain", metavar="DIR", help="folder of pictures (default: explain)")
     tag.add_running(parser)
     options = parser.parse_args(argv)
-    if options.top_k < 1:
-        raise UsageError(f"--top-k {options.top_k}: must be at least 1")
     model, photos = tag.open_model(options)
     if not isinstance(model.tagger, sspa.Tagger):
         raise UsageError(f"checkpoint {options.checkpoint}: of RP, which has no regions; explain.py draws SSPA's")

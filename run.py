@@ -9,11 +9,11 @@ import dataclasses
 import datetime
 import json
 import math
-import operator
 import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -45,14 +45,30 @@ class Diverged(Exception):
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
-RANGE = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt}
+def number(kind, wanted, at_least=-math.inf, above=-math.inf, below=math.inf):
+    """What argparse calls to make a word a number (kind: int or float) within limits; wanted: they in words"""
+    def convert(word):
+        value = kind(word)
+        if not (value >= at_least and above < value < below):  # nan, too
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {word}")
+        return value
+    convert.__name__ = kind.__name__  # which argparse names where a word is no number
+    return convert
 
 
-def option(default, text, group="method", above=None, at_least=None, below=None, **words):
-    """A field that becomes --its-name. group: its heading in --help (running options do not decide a result); above,
-    at_least, below: its range; words: what argparse.add_argument takes."""
-    limits = {"above": above, "at_least": at_least, "below": below}
-    return dataclasses.field(default=default, metadata={"help": text, "group": group, "limits": limits, "words": words})
+# types of options, here and in the methods
+COUNT = number(int, "at least 1", at_least=1)
+WHOLE = number(int, "at least 0", at_least=0)
+SEED = number(int, "at least 0 and below 2^40", at_least=0, below=2 ** 40)
+POSITIVE = number(float, "above 0", above=0)
+NOT_NEGATIVE = number(float, "at least 0", at_least=0)
+SHARE = number(float, "at least 0 and below 1", at_least=0, below=1)
+
+
+def option(default, text, group="method", **words):
+    """A field that becomes --its-name. group: its heading in --help (running options do not decide a result); words:
+    what argparse.add_argument takes."""
+    return dataclasses.field(default=default, metadata={"help": text, "group": group, "words": words})
 
 
 @dataclass
@@ -65,23 +81,23 @@ class Options:
     unseen: tuple = option((), "labels that training does not see and that are scored beside the others", "data",
                            nargs="+", metavar="LABEL")
     train_count: int = option(None, "train on N photos (RP: texts of a file), drawn from all by a fixed seed, fewer "
-                              "among more", "data", at_least=1, metavar="N")
-    test_count: int = option(None, "score N test photos, drawn likewise", "data", at_least=1, metavar="N")
+                              "among more", "data", type=COUNT, metavar="N")
+    test_count: int = option(None, "score N test photos, drawn likewise", "data", type=COUNT, metavar="N")
     no_probe: bool = option(False, "no linear probe beside the result", "data")
     backbone: str = option(None, "open_clip's name, or scenes (default: scenes for scenes, else ViT-B-16)", "CLIP")
     pretrained: str = option(None, "open_clip's tag, a file, or none: random (default: openai)", "CLIP", metavar="FILE")
-    resolution: int = option(None, "pixels (default: the backbone's own)", "CLIP", at_least=1)
+    resolution: int = option(None, "pixels (default: the backbone's own)", "CLIP", type=COUNT)
     precision: str = option(None, "CLIP's numbers; losses are fp32 (default: bf16 on a GPU, else fp32)", "CLIP",
                             choices=("fp32", "bf16"))
-    lr: float = option(None, "learning rate", above=0)
-    epochs: int = option(None, "passes over the training data", at_least=1)
-    batch_size: int = option(None, "rows an optimiser step", at_least=1)
-    seed: tuple = option((0,), "starts all random draws; one or more", nargs="+", type=int, at_least=0, below=2 ** 40)
+    lr: float = option(None, "learning rate", type=POSITIVE)
+    epochs: int = option(None, "passes over the training data", type=COUNT)
+    batch_size: int = option(None, "rows an optimiser step", type=COUNT)
+    seed: tuple = option((0,), "starts all random draws; one or more (default: 0)", nargs="+", type=SEED)
     impl: str = option("fused", "fast paths, or the plain formulas", choices=("fused", "reference"))
-    gpu: int = option(None, "GPU number (default: 0 if there is one)", "running", at_least=0, metavar="N")
+    gpu: int = option(None, "GPU number (default: 0 if there is one)", "running", type=WHOLE, metavar="N")
     cpu: bool = option(False, "run on the CPU", "running")
     workers: int = option(None, "processes that decode photos (default: as many as cores, at most 16)", "running",
-                          at_least=0, metavar="N")
+                          type=WHOLE, metavar="N")
     cache: str = option("runs/cache", "folder of cached features", "running", metavar="DIR")
     output: str = option(None, "folder of results (default: runs/<method>/<dataset>)", "running", metavar="DIR")
     overwrite: bool = option(False, "begin anew in a folder that holds a run", "running")
@@ -121,9 +137,9 @@ def parse(kind, argv, description, epilog):
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
+            if len(set(value)) < len(value):
+                raise UsageError(f"{flag_of(name)} {' '.join(map(str, value))}: a value stands twice")
     config = kind(**given, given=tuple(given))
-    for field in options_of(kind):
-        check_range(field, getattr(config, field.name))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("--tensorboard: pip install tensorboard, or leave it out")
     if config.backbone is None:
@@ -135,31 +151,12 @@ def parse(kind, argv, description, epilog):
 
 def add_option(group, field):
     words = dict(field.metadata["words"])
+    text = field.metadata["help"]
     if field.type is bool:
         words["action"] = "store_true"
-    elif field.type in (int, float):
-        words["type"] = field.type
-    text = field.metadata["help"].replace("%", "%%")
-    default = field.default
-    if isinstance(default, tuple):
-        default = " ".join(map(str, default))
-    if default not in (None, False, ""):
-        text += f" (default: {default})"
+    elif field.type is not tuple and field.default is not None:
+        text += f" (default: {field.default})"
     group.add_argument(flag_of(field.name), help=text, **words)
-
-
-def check_range(field, value):
-    """Raises UsageError for a number out of the option's range, and for a value that stands twice."""
-    values = value if isinstance(value, tuple) else (value,)
-    limits = {word: limit for word, limit in field.metadata["limits"].items() if limit is not None}
-    for one in values:
-        if not isinstance(one, int | float):
-            continue
-        if not math.isfinite(one) or not all(RANGE[word](one, limit) for word, limit in limits.items()):
-            wanted = [f"{word.replace('_', ' ')} {limit:g}" for word, limit in limits.items()]
-            raise UsageError(f"{flag_of(field.name)} {one}: must be {' and '.join(wanted) or 'finite'}")
-    if len(set(values)) < len(values):
-        raise UsageError(f"{flag_of(field.name)} {' '.join(map(str, values))}: a value stands twice")
 
 
 def without_unseen(config, names):
@@ -190,24 +187,22 @@ def settings_of(config):
 # --- device -----------------------------------------------------------------------------------------------------------
 def set_up(config):
     """The device, and torchrun's process group; sets config.precision where it is not given. -> torch.device"""
+    if config.gpu is not None and (config.cpu or WORLD > 1):
+        raise UsageError("--gpu excludes --cpu, and torchrun, which gives every process its own; leave one out")
     count = torch.cuda.device_count()
     number = config.gpu
-    if number is not None and (config.cpu or WORLD > 1):
-        raise UsageError("--gpu excludes --cpu, and torchrun, which gives every process its own; leave one out")
     if number is None and count and not config.cpu:
         number = int(os.environ.get("LOCAL_RANK", 0))
-    if number is not None and number >= count:
-        raise UsageError(f"GPU {number}: this machine has {count} that PyTorch can use; choose another, or --cpu")
-
     device = torch.device("cpu")
     precision = "fp32"
     if number is not None:
+        if number >= count:
+            raise UsageError(f"GPU {number}: this machine has {count} that PyTorch can use; choose another, or --cpu")
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         if torch.cuda.is_bf16_supported(including_emulation=False):
             precision = "bf16"
-    if config.precision is None:
-        config.precision = precision
+    config.precision = config.precision or precision
 
     if WORLD > 1:
         backend = "gloo" if number is None else "nccl"
@@ -241,37 +236,37 @@ def open_folder(config, default):
     with data.reading(path, "result", "delete it, or add --overwrite to begin anew"):
         record = json.loads(path.read_text("utf-8"))
         then = dict(record["settings"])
-        seeds = [one["seed"] for one in record["runs"]]
-        if record["finished"] not in (True, False) or len(seeds) > len(config.seed):
-            raise ValueError("not the form that a run writes")
+        finished = record["finished"]
+        record["runs"] = [one for one in record["runs"] if one["seed"] in config.seed]
     now = settings_of(config)
     differ = [f"{name} {then.get(name)}, not {now.get(name)}" for name in then | now if then.get(name) != now.get(name)]
     if differ:
         raise UsageError(f"--output {folder} holds a run with other settings ({'; '.join(differ)}); choose another "
                          "--output, or add --overwrite to begin anew")
-    if record["finished"]:
+    if finished:
         say(f"{folder} is finished; --overwrite does it again")
     return folder, record
 
 
 def begin(folder, record):
-    """Just before training: the folder becomes this run's, and what another one left there goes."""
+    """Just before training: deletes the files of the run before, and writes the new record."""
     if folder and RANK == 0:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for name in ("metrics.json", "resume.pt", "checkpoint.safetensors", "log.jsonl"):
             (folder / name).unlink(missing_ok=True)
         data.write_json(folder / "metrics.json", record)
 
 
-def end_seed(folder, record, seconds, finished):
-    """metrics.json with another seed in record["runs"], and the means over all of them"""
-    record["seconds"] = round(seconds, 2)
-    record["finished"] = finished
-    scored = [one for one in record["runs"] if "mAP" in one]
-    if scored:
-        record["mAP"], record["mAP_std"] = spread([one["mAP"] for one in scored])
-        ap = np.array([one["ap"] for one in scored], float).mean(0)
-        for label, mean in zip(record["per_class"], ap.tolist(), strict=True):
-            label["ap"] = mean
+def end_seed(folder, record, began):
+    """metrics.json with another seed in record["runs"], and the means over all of them. began: start time"""
+    runs = record["runs"]
+    record["seconds"] = round(time.time() - began, 2)
+    record["peak_memory_mib"] = peak_memory_mib()
+    record["finished"] = len(runs) == len(record["seeds"])
+    if "mAP" in runs[0]:
+        record["mAP"], record["mAP_std"] = spread([one["mAP"] for one in runs])
+        for column, label in enumerate(record["per_class"]):
+            label["ap"], _ = spread([one["ap"][column] for one in runs])
     if folder and RANK == 0:
         data.write_json(folder / "metrics.json", record)
         (folder / "resume.pt").unlink(missing_ok=True)
@@ -294,13 +289,23 @@ class Progress:
             self._resume()
         self.epochs_done = len(self.log)
         self.epoch_began = self.said_at = self.saved_at = time.time()
-        self.save_seconds = 0.0
         self.bar = tqdm(initial=self.epochs_done * steps, total=config.epochs * steps, desc=f"training {title}",
                         unit="step", disable=config.quiet or RANK > 0 or None)
         self.board = None
+        if RANK == 0:
+            self._begin_log()
         if config.tensorboard and RANK == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(folder)
+
+    def _begin_log(self):
+        """Keeps the lines of earlier seeds, and this seed's up to the last save; later lines of a killed run go."""
+        path = self.folder / "log.jsonl"
+        lines = []
+        if path.is_file():
+            lines = [line for line in path.read_text("utf-8").splitlines() if f'"{self.title}"' not in line]
+        lines += [json.dumps(entry) for entry in self.log]
+        data.write_atomically(path, "".join(f"{line}\n" for line in lines))
 
     def _resume(self):
         with data.reading(self.folder / "resume.pt", "half-trained model", "delete it to train this seed anew") as path:
@@ -335,35 +340,23 @@ class Progress:
         self.bar.set_postfix(loss=f"{loss:.3f}")
         if RANK > 0:
             return
-        self._write_log()
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
         if self.board:
             self.board.add_scalar(f"loss/{self.title}", loss, epoch)
             self.board.add_scalar(f"lr/{self.title}", lr, epoch)
+            self.board.flush()
         if epoch == self.config.epochs:
             self.bar.close()
-        elif now > self.saved_at + max(RESUME_SECONDS, 20 * self.save_seconds):
+        elif now > self.saved_at + RESUME_SECONDS:
             self._save()
 
-    def _write_log(self):
-        """This run's lines behind those of the seeds before it; lines that a killed run wrote after its last save go"""
-        path = self.folder / "log.jsonl"
-        lines = [json.dumps(entry) + "\n" for entry in self.log]
-        if len(self.log) == self.epochs_done + 1:
-            earlier = path.read_text("utf-8").splitlines(True) if path.is_file() else []
-            others = [line for line in earlier if f'"{self.title}"' not in line]
-            data.write_atomically(path, "".join(others + lines))
-        else:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(lines[-1])
-
     def _save(self):
-        began = time.time()
         stream = BytesIO()
         state = {"title": self.title, "tensors": self.tensors, "log": self.log}
         torch.save({**state, "optimiser": self.optimiser.state_dict()}, stream)
         data.write_atomically(self.folder / "resume.pt", stream.getvalue())
         self.saved_at = time.time()
-        self.save_seconds = self.saved_at - began
 
 
 def fill(tensors, stored):
@@ -388,7 +381,7 @@ def save_checkpoint(config, folder, seed, tensors, **metadata):
     if RANK > 0:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata |= {"seed": seed, "settings": settings_of(config)}
+    metadata["seed"] = seed
     content = to_safetensors(tensors, {name: json.dumps(value) for name, value in metadata.items()})
     if seed == config.seed[0]:
         data.write_atomically(folder / "checkpoint.safetensors", content)
@@ -413,29 +406,25 @@ def read_checkpoint(path, method=None):
 
 
 def as_trained(config, metadata):
-    """How a model was made is its checkpoint's to say; what it is scored on, the command line's. -> config"""
+    """The method's options as the checkpoint was made; other options, too, where the command line does not give them,
+    and those of the data only together with its dataset. -> config"""
     settings = metadata["settings"]
     changes = {"seed": (metadata["seed"],)}
-    ignored = []
     for field in options_of(config):
         name = field.name
         group = field.metadata["group"]
-        moved = name in ("backbone", "pretrained", "resolution")  # that weights are the same is checked
+        given = name in config.given
+        if name not in settings or name in ("impl", "precision", "seed", "checkpoint", "no_probe"):
+            continue
         on_other_data = group == "data" and "dataset" in config.given
-        if name not in settings or name in ("impl", "precision", "seed", "checkpoint", "no_probe") or on_other_data:
+        if on_other_data or (given and group != "method"):
             continue
         value = settings[name]
         if isinstance(value, list):
             value = tuple(value)
-        if name not in config.given:
-            changes[name] = value
-        elif group == "method" and getattr(config, name) != value:
-            ignored.append(flag_of(name))
-            changes[name] = value
-        elif group == "CLIP" and not moved:
-            changes[name] = value
-    if ignored:
-        say(f"{config.checkpoint} was made with its own {', '.join(ignored)}; the command line's is not used")
+        if given and group == "method" and getattr(config, name) != value:
+            say(f"{config.checkpoint} was made with its own {flag_of(name)} {value}; the command line's is not used")
+        changes[name] = value
     return dataclasses.replace(config, **changes)
 
 
@@ -473,20 +462,17 @@ def measure(logits, scores, truth):
 def spread(values):
     """(mean, sample standard deviation; 0 for one value). None counts as undefined."""
     values = np.array(values, float)
-    if len(values) == 1:
-        return float(values[0]), 0.0
-    return float(values.mean()), float(values.std(ddof=1))
+    more_than_one = len(values) > 1
+    return float(values.mean()), float(values.std(ddof=int(more_than_one)))
 
 
 def commit():
     """The git commit this file is at, "+" when the tree has changes, "unknown" outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
-        head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL)
-        changes = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"])
+        return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.strip() + ("+" if changes else "")
 
 
 def new_record(method, config, argv, device, names, trained, truth, first_tries):
@@ -528,34 +514,33 @@ def new_record(method, config, argv, device, names, trained, truth, first_tries)
     }
 
 
-def peak_memory_mib(device):
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+def peak_memory_mib():
+    """Of the GPU where one is used, else of this process"""
+    if torch.cuda.is_initialized():
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20)
 
 
 def report(record, row, learnt_from):
     """Print a result as a person reads it. row: what the method's row is called; learnt_from: words"""
-    seeds = f"{len(record['runs'])} seeds"
-    if len(record["runs"]) == 1:
-        seeds = "1 seed"
+    runs = record["runs"]
+    seeds = " ".join(map(str, record["seeds"]))
     tested = ""
     if record["photo_count"]:
         tested = f"{record['dataset']}: {record['photo_count']:,} test photos, "
-    print(f"{tested}{record['label_count']:,} labels; {record['backbone']}; {learnt_from}; {seeds}")
-    if record["zero_shot_mAP"] is None:
+    print(f"{tested}{record['label_count']:,} labels; {record['backbone']}; {learnt_from}; seed {seeds}")
+    if record["mAP"] is None:
         print("(no test photos for these labels: nothing to score; --dataset names a set that has them)")
         return
     print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}")
     print(f"{'zero-shot (cosine)':<34}{record['zero_shot_mAP']:8.2f}")
     if record["linear_probe_mAP"] is not None:
         print(f"{'linear probe of its training data':<34}{record['linear_probe_mAP']:8.2f}")
-    deviation = f" ±{record['mAP_std']:4.2f}" if len(record["runs"]) > 1 else " " * 6
-    at_half = [one["threshold_0.5"] for one in record["runs"]]
-    CF1 = np.mean([one["CF1"] for one in at_half])
-    OF1 = np.mean([one["OF1"] for one in at_half])
-    print(f"{row:<34}{record['mAP']:8.2f}{deviation}{CF1:8.1f}{OF1:8.1f}")
+    deviation = f" ±{record['mAP_std']:4.2f}" if len(runs) > 1 else ""
+    CF1, _ = spread([one["threshold_0.5"]["CF1"] for one in runs])
+    OF1, _ = spread([one["threshold_0.5"]["OF1"] for one in runs])
+    print(f"{row:<34}{record['mAP']:8.2f}{deviation:6}{CF1:8.1f}{OF1:8.1f}")
     if all(label["trained"] for label in record["per_class"]):
         return
     for trained, words in ((True, "trained on"), (False, "never trained on")):
@@ -569,7 +554,7 @@ def report(record, row, learnt_from):
 @contextlib.contextmanager
 def exit_codes(script):
     """Ends the process: 0 done, 2 a mistake or missing data, 3 diverged, 130 interrupted; one line says why."""
-    # the focused loss makes gradients whose squares are below 1e-38; on a CPU such numbers make steps many times slower
+    # the asymmetric loss makes gradients whose squares are below 1e-38, with which a CPU is many times slower
     torch.set_flush_denormal(True)
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # photo names of any bytes, labels of any script
     code = 2

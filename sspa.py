@@ -17,7 +17,7 @@ The method, part by part, in the figure's order                         where
     # SSPA: losses, prediction                                          asymmetric_loss_reference, branch_scores
     # SSPA: fast paths                                                  *_fused, each the same as its *_reference
 
-    python sspa.py --tune-image none --seed 0 1 2       12 minutes on two cores, drawn scenes: 68.9 mAP
+    python sspa.py --tune-image none --seed 0 1 2       three seeds, 12 minutes on two cores, drawn scenes: 68.9 mAP
     python sspa.py --dataset voc2007 --gpu 0            needs the photos and open_clip's weights
 
 Marks: [paper] stated in the abstract, [figure] read off the method figure, [author] in other public code of the first
@@ -58,31 +58,36 @@ class Config(run.Options):
                                "assets/descriptions/<dataset>.json)", "data", metavar="FILE")
     tune_image: str = option("full", "image tower: full, trained at --image-lr-factor [figure]; none: frozen, its "
                              "features cached [choice D13]", choices=("none", "full"))
-    context_length: int = option(4, "learnable words before a label's name [figure: 4 drawn; choice D1]", at_least=1)
-    attention_scale: float = option(10.0, "sharpness of attention at first; 0: fixed 1/sqrt(d) [choice D4]", at_least=0)
+    context_length: int = option(4, "learnable words before a label's name [figure: 4 drawn; choice D1]",
+                                 type=run.COUNT)
+    attention_scale: float = option(10.0, "sharpness of attention at first; 0: fixed 1/sqrt(d) [choice D4]",
+                                    type=run.NOT_NEGATIVE)
     no_dsf: bool = option(False, "ablation: the prompts are not filtered by the image")
-    fusion: str = option("qsm", "how prompts and image join: the quaternion network [figure]; others are ablations",
+    fusion: str = option("qsm", "how the prompts join: with the image in a quaternion network [figure]; others are "
+                         "ablations, without it",
                          choices=("qsm", "knowledge", "context", "sum", "concat"))
-    quaternion_layers: int = option(2, "layers of that network, the first maps into it [choice D6]", at_least=1)
+    quaternion_layers: int = option(2, "layers of that network, the last one included [choice D6]", type=run.COUNT)
     alignment: str = option("both", "who asks in GDMA: labels, regions, both [figure]; others are ablations",
                             choices=("both", "v-to-s", "s-to-v", "none"))
     no_gate: bool = option(False, "ablation: GDMA adds its attention output ungated")
     aggregator: str = option("soft", "a label's score from all regions [paper]; ablations: mean, max",
                              choices=("soft", "mean", "max"))
-    temperature: float = option(0.1, "smaller: its best regions count more [choice D8]", above=0)
+    temperature: float = option(0.1, "smaller: its best regions count more [choice D8]", type=run.POSITIVE)
     branches: str = option("both", "scores from the whole image, from its regions, or both [figure]",
                            choices=("both", "global", "regional"))
-    gamma_neg: float = option(2.0, "loss: larger spares easy absent labels more [author D10]", at_least=0)
-    clip: float = option(0.0, "loss: absent labels below it cost nothing [author D10]", at_least=0, below=1)
+    gamma_neg: float = option(2.0, "loss: larger spares easy absent labels more [author D10]", type=run.NOT_NEGATIVE)
+    clip: float = option(0.0, "loss: absent labels below it cost nothing [author D10]", type=run.SHARE)
     focal_gradient: str = option("full", "loss: its weights are differentiated too [choice D10]; stopped [author]",
                                  choices=("full", "stopped"))
-    regional_weight: float = option(1.0, "weight of the regional branch's loss [author D10]", at_least=0)
-    lr: float = option(None, "AdamW's, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice])", above=0)
-    prompt_lr: float = option(1e-3, "that of the learnable words [choice D11]", above=0)
-    image_lr_factor: float = option(0.1, "times --lr: that of a tuned image tower [author D11]", at_least=0)
-    ema: float = option(0.9997, "the model is a mean over steps; near 1: of more [author D11]", at_least=0, below=1)
-    epochs: int = option(20, "passes over the training photos [choice D12]", at_least=1)
-    batch_size: int = option(64, "photos a step, over all processes [choice D12]", at_least=1)
+    regional_weight: float = option(1.0, "weight of the regional branch's loss [author D10]", type=run.NOT_NEGATIVE)
+    lr: float = option(None, "AdamW's, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice])",
+                       type=run.POSITIVE)
+    prompt_lr: float = option(1e-3, "that of the learnable words [choice D11]", type=run.POSITIVE)
+    image_lr_factor: float = option(0.1, "times --lr: that of a tuned image tower [author D11]", type=run.NOT_NEGATIVE)
+    ema: float = option(0.9997, "the model is a moving average over steps, near 1 of more [author D11]",
+                        type=run.SHARE)
+    epochs: int = option(20, "passes over the training photos [choice D12]", type=run.COUNT)
+    batch_size: int = option(64, "photos a step, over all processes [choice D12]", type=run.COUNT)
 
 
 # --- SSPA: image encoder ----------------------------------------------------------------------------------------------
@@ -124,14 +129,14 @@ def knowledge_texts(clip, names, descriptions):
     texts = []
     shortened = []
     for name in names:
-        template = f"A photo of a {name}."
-        words = descriptions.get(name, "").split()
-        kept = len(words)
-        while kept and len(clip.tokenizer.encode(" ".join([*words[:kept], template]))) > room:
-            kept -= 1
-        if kept < len(words):
+        description = descriptions.get(name, "")
+        words = [*description.split(), f"A photo of a {name}."]
+        whole = len(words)
+        while len(words) > 1 and len(clip.tokenizer.encode(" ".join(words))) > room:
+            del words[-2]
+        if len(words) < whole:
             shortened.append(name)
-        texts.append(" ".join([*words[:kept], template]))
+        texts.append(" ".join(words))
     if shortened:
         say(f"{len(shortened)} descriptions cut to {clip.tokenizer.context_length} tokens: {', '.join(shortened[:10])}")
     return texts
@@ -189,7 +194,7 @@ class DynamicSemanticFiltering(nn.Module):
 
 # --- SSPA: QSM --------------------------------------------------------------------------------------------------------
 def quaternion_linear_reference(components, r_weight, i_weight, j_weight, k_weight, bias):
-    """Quaternion linear layer: the Hamilton product of input and weight quaternions, summed.  [field: pytorch-qnn]
+    """Quaternion linear layer: the Hamilton product of weight and input quaternions, summed.  [field: pytorch-qnn]
 
     components: r, i, j, k of the input, each [..., n], broadcastable, None for zero; weights R, I, J, K: [n, m]; bias:
     [4 m] -> [..., 4 m], the components of y side by side
@@ -255,8 +260,8 @@ class QuaternionFusion(nn.Module):
 
 # --- SSPA: GDMA -------------------------------------------------------------------------------------------------------
 class GatedAttention(nn.Module):
-    """One direction of the alignment; a gate lets through what is wanted of the answer. Every matrix multiplies from
-    the right.  [purpose: paper; formula: choice D7]"""
+    """One direction of the alignment: x + g a, a the attention's answer, g a gate for each channel, which leaves out
+    what is not wanted. Matrices multiply from the right.  [purpose: paper; formula: choice D7]"""
 
     def __init__(self, d, attention_scale, gated, impl, draw):
         super().__init__()
@@ -322,7 +327,7 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, cli
     """
     check_targets(targets)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))              # half precision overflows in sums
-    tiny = torch.finfo(z.dtype).tiny  # keeps 0^(gamma-1) out of the backward pass; the log beside it is 0 there
+    tiny = torch.finfo(z.dtype).tiny  # avoids 0^(gamma - 1) = inf in the backward pass
     q = (torch.sigmoid(z) - clip).clamp_min(tiny)
     present_weight = torch.sigmoid(-z).clamp_min(tiny) ** gamma_pos
     absent_weight = q ** gamma_neg
@@ -346,10 +351,10 @@ class Labels(NamedTuple):  # all that is made of the label names
     words: torch.Tensor      # embeddings of "a photo of a" [4, width]
 
 
-class Prediction(NamedTuple):  # what flows along the figure's arrows; None for a part that is left out
+class Prediction(NamedTuple):  # what flows along the figure's arrows; the last three are None without their part
     global_logits: torch.Tensor     # s_G [B, C]
     regional_logits: torch.Tensor   # s_R [B, C]
-    fused: torch.Tensor             # T_uf [B, C, d]
+    T_uf: torch.Tensor              # [B, C, d]
     label_features: torch.Tensor    # T_fn [B, C, d]
     region_features: torch.Tensor   # X_fn [B, M, d]
     filtering: torch.Tensor         # attention of DSF [B, C, M]
@@ -407,6 +412,7 @@ class SSPA(nn.Module):
     def set_labels(self, labels):
         """labels: Labels. Others at any time: nothing that is learnt belongs to a label."""
         device = self.clip.logit_scale.device
+        self.texts = labels.texts
         self.tokens = labels.tokens.to(device)
         self.knowledge = F.normalize(labels.knowledge, dim=-1).to(device)
 
@@ -485,12 +491,12 @@ class SSPA(nn.Module):
             aggregate_loss = soft_aggregate_loss_fused
         exponents = (config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
         L_G = asymmetric_loss(s_G, targets, *exponents)
+        if config.branches == "global":
+            return L_G
         L_R = aggregate_loss(T_fn, X_fn, self.temperature, self.regional_log_scale.exp(), self.regional_bias, targets,
                              *exponents)
-        if config.branches == "global":
-            return L_G + 0 * L_R
         if config.branches == "regional":
-            return 0 * L_G + config.regional_weight * L_R
+            return config.regional_weight * L_R
         return L_G + config.regional_weight * L_R
 
     def learned(self):
@@ -643,7 +649,7 @@ def set_biases(config, clip, model, photos):
 
 
 def optimiser_of(config, model):
-    """AdamW; each group keeps the learning rate that it reaches after warming up.  [D11]"""
+    """AdamW; each group's "peak" is what the schedule multiplies.  [choice D11]"""
     contexts, tower, others = [], [], []
     for name, parameter in model.learned().items():
         if name == "contexts":
@@ -659,7 +665,7 @@ def optimiser_of(config, model):
 
 
 def warm_up_then_cosine(step, total_steps):
-    """Share of the peak learning rate.  [choice D11]"""
+    """Share of the peak learning rate: the product of both; the cosine falls from the first step on.  [choice D11]"""
     warm_up = min(1, (step + 1) / max(1, WARM_UP * total_steps))
     return warm_up * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
@@ -686,7 +692,7 @@ def train(config, clip, labels, photos, seed, folder):
     steps = count // batch_size
     total_steps = config.epochs * steps
 
-    # ============ go on where a run was killed ============
+    # ============ go on where a run was killed: Progress puts what it kept into these tensors ============
     state = dict(learned)
     for name, average in averages.items():
         state[f"average of {name}"] = average
@@ -716,7 +722,7 @@ def train(config, clip, labels, photos, seed, folder):
             loss.backward()
             optimiser.step()
 
-            # average of the weights  [author; choice D11]
+            # average of the weights, of few steps at first  [author; choice D11]
             decay = min(config.ema, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(averages.values()), list(learned.values()), 1 - decay)
@@ -757,7 +763,7 @@ def evaluate(config, clip, model, photos):
     global_logits, regional_logits = score(config, clip, model, photos)
     scores = branch_scores(config.branches, global_logits, regional_logits).numpy()
     truth = photos.labels.numpy()
-    result = run.measure(scores, scores, truth)
+    result = run.measure(scores, scores, truth)  # the scores rank, too
     if config.branches != "regional":
         result["mAP_global"] = metrics.mean_average_precision(global_logits.numpy(), truth)
     if config.branches != "global":
@@ -765,8 +771,16 @@ def evaluate(config, clip, model, photos):
     return result
 
 
-def load_sspa(path, config, clip, labels, stored):
-    """stored: tensors of a checkpoint -> SSPA. A tuned tower takes the place of CLIP's. Raises UsageError."""
+def load_sspa(config, path, stored, metadata, clip, names):
+    """A checkpoint's model with these labels, perhaps others than those of its training; a tuned tower takes the place
+    of CLIP's. stored, metadata: what run.read_checkpoint gave -> SSPA. Raises UsageError."""
+    trained = metadata["names"]
+    check_clip(clip)
+    run.check_fits(path, metadata, trained, clip.name, clip.key)
+    new = [name for name in names if name not in trained]
+    if new:
+        say(f"{path} was never trained on {', '.join(new[:10])}: label features come from words, so it tries")
+    labels = labels_of(config, clip, names, dict(zip(trained, metadata["texts"], strict=True)))
     model = SSPA(config, clip.model, labels, 0).to(clip.device)
     with data.reading(path, "checkpoint", run.OWN_CHECKPOINT):
         run.fill(model.learned(), stored)
@@ -777,19 +791,11 @@ class Tagger:
     """A trained SSPA for photos of one's own (tag.py, explain.py)."""
 
     def __init__(self, config, path, stored, metadata, clip, names):
-        """config: as the model was trained; stored, metadata: of its checkpoint; names: labels, perhaps others than
-        those of the training. Raises UsageError."""
-        trained = metadata["names"]
-        check_clip(clip)
-        run.check_fits(path, metadata, trained, clip.name, clip.key)
-        new = [name for name in names if name not in trained]
-        if new:
-            say(f"{path} was never trained on {', '.join(new[:10])}: label features come from words, so it tries")
-        labels = labels_of(config, clip, names, dict(zip(trained, metadata["texts"], strict=True)))
+        """What load_sspa takes. config: as the model was trained"""
         self.config = config
         self.clip = clip
-        self.encoder = f"scores {data.digest(path)} {labels.texts} {clip.key} {config.precision}"
-        self.model = load_sspa(path, config, clip, labels, stored)
+        self.model = load_sspa(config, path, stored, metadata, clip, names)
+        self.encoder = f"scores {data.digest(path)} {self.model.texts} {clip.key} {config.precision}"
         with torch.no_grad(), embed.autocast(clip.device, config.precision):
             self.prompts = self.model.prompts()
 
@@ -838,7 +844,6 @@ def main(argv):
     check_clip(clip)
     if config.checkpoint:
         run.check_fits(config.checkpoint, metadata, metadata["names"], clip.name, clip.key)
-        labels = labels_of(config, clip, names, dict(zip(metadata["names"], metadata["texts"], strict=True)))
     else:
         labels = labels_of(config, clip, trained)
     kept = features_are_kept(config, clip, photo_count)
@@ -847,7 +852,7 @@ def main(argv):
     if not config.checkpoint:
         train_photos = with_features(config, clip, train_found, trained, kept)
 
-    # ============ what somebody would try first ============
+    # ============ baselines: what somebody would try first ============
     prompts = embed.embed_texts(clip, [f"a photo of a {name}." for name in names], config.cache)
     truth = test_photos.labels.numpy()
     first_tries = baselines.zero_shot(prompts, test_photos.x0, truth)
@@ -864,18 +869,17 @@ def main(argv):
     # ============ train and score ============
     for seed in config.seed[len(record["runs"]):]:
         if config.checkpoint:
-            model = load_sspa(config.checkpoint, config, clip, labels, stored)
+            model = load_sspa(config, config.checkpoint, stored, metadata, clip, names)
         else:
             if config.tune_image == "full" and record["runs"]:
                 clip = run.load_clip(config, device)  # every seed starts from CLIP's own image tower
             model = train(config, clip, labels, train_photos, seed, folder)
-            run.save_checkpoint(config, folder, seed, model.learned(), method="sspa", names=trained,
-                                texts=labels.texts, encoder=clip.name, encoder_key=clip.key)
+            run.save_checkpoint(config, folder, seed, model.learned(), method="sspa", names=trained, texts=labels.texts,
+                                settings=record["settings"], encoder=clip.name, encoder_key=clip.key)
             if config.unseen:
                 model.set_labels(labels_of(config, clip, names))  # nothing that is learnt belongs to a label
         record["runs"].append({"seed": seed, **evaluate(config, clip, model, test_photos)})
-        record["peak_memory_mib"] = run.peak_memory_mib(device)
-        run.end_seed(folder, record, time.time() - began, seed == config.seed[-1])
+        run.end_seed(folder, record, began)
     report(record)
 
 
@@ -914,7 +918,7 @@ def encode_prompts_fused(model, contexts, tokens):
         v = torch.cat([_for_every_label(prefix_v, classes), v], 2)
         attended = F.scaled_dot_product_attention(q, k, v, causal[shared:])
         if block is model.transformer.resblocks[-1]:  # of its answers the end tokens' alone are wanted
-            own = _rest_of_block(block, own[rows, at_end, None], attended[rows, :, at_end, None])
+            own = _rest_of_block(block, own[rows, at_end, None], attended[rows, :, at_end, None])  # one position
             break
         own = _rest_of_block(block, own, attended)
         prefix_attended = F.scaled_dot_product_attention(prefix_q, prefix_k, prefix_v, is_causal=True)
@@ -944,8 +948,8 @@ def _rest_of_block(block, x, attended):
 
 def quaternion_linear_fused(components, r_weight, i_weight, j_weight, k_weight, bias):
     """Same as quaternion_linear_reference. Each component is multiplied apart by its strip of the Hamilton product, for
-    y_r, y_i, y_j, y_k in turn, and added by broadcasting: one that does not vary with the image costs C rows, with the
-    label B rows, a zero one nothing."""
+    y_r, y_i, y_j, y_k in turn, and added by broadcasting: one that does not vary with the image costs C rows, one that
+    does not vary with the label B rows, a zero one nothing."""
     R, I, J, K = r_weight, i_weight, j_weight, k_weight  # noqa: E741 (the product's own letters)
     strips = [(R, I, J, K), (-I, R, K, -J), (-J, -K, R, I), (-K, J, -I, R)]
     products = []
@@ -964,8 +968,9 @@ def quaternion_linear_fused(components, r_weight, i_weight, j_weight, k_weight, 
 
 
 def gated_attention_fused(x, context, w):
-    """Same as gated_attention_reference. Projections wait for the side with fewer rows (associativity): with fewer
-    labels than regions, one d x d product a region is left of five, the gate's own."""
+    """Same as gated_attention_reference. The side with fewer rows carries the projections (associativity): with fewer
+    labels than regions, of five d x d products for each region (query or key, value, two gates) the gate's own is left.
+    """
     scale = w.log_scale.exp()
     if x.shape[-2] <= context.shape[-2]:  # those who ask carry the projections
         attention = torch.softmax(scale * (x @ w.query @ w.key.mT) @ context.mT, -1)
@@ -991,7 +996,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     With p = sigmoid(z), q = max(p - clip, 0), dp/dz = p (1 - p):
         absent:   loss = -q^gamma- log(1-q)        d/dz = q^gamma- (1/(1-q) - gamma- log(1-q) / q) p (1-p)
         present:  loss = -(1-p)^gamma+ log p       d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
-    focal_gradient "stopped": the terms with a gamma before a logarithm are left out.
+    focal_gradient "stopped": the terms with a factor gamma are left out. Where q = 0 both are 0.
     """
     z = z.view(-1)
     targets = targets.reshape(-1)
@@ -1003,13 +1008,13 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     few_z = z[few]
     z[few] = -math.inf
 
-    # absent
+    # absent: gradient = weight * slope, weight = q^gamma-
     p = torch.sigmoid(z)
-    if clip == 0:  # q = p, and the slope is p^gamma- (p - gamma- (1-p) log(1-p))
+    if clip == 0:  # q = p, slope = p - gamma- (1-p) log(1-p)
         q = p
         log_not_q = F.logsigmoid(z.neg_())
         slope = p
-        if full:  # in the memory of z, which has served
+        if full:  # z is not needed any more, so its memory is used
             slope = z.copy_(p).sub_(1).mul_(log_not_q).mul_(gamma_neg).add_(p)
     else:
         q = (p - clip).clamp_min_(0)
@@ -1020,7 +1025,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
             slope -= gamma_neg * log_not_q / q.clamp_min(tiny)
         slope *= p * torch.sigmoid(-z)
         slope[q == 0] = 0
-    weight = (q ** (gamma_neg / 2)).square_()  # q^gamma-: at 2 and 4 products, where a power would be slow
+    weight = (q ** (gamma_neg / 2)).square_()  # faster than q^gamma- where gamma- is 2 or 4
     loss = -torch.dot(weight, log_not_q)
     torch.mul(slope, weight, out=z)
 
@@ -1126,7 +1131,7 @@ class _SoftAggregateLoss(torch.autograd.Function):
                 s = torch.linalg.vecdot(weight, cosine)                          # [b, c]
                 z = scale * s + bias[part]                                       # [b, c]
 
-                # loss; d z
+                # loss; afterwards z holds d loss / d z
                 loss += asymmetric_loss_and_gradient(z, targets[samples, part], *exponents)
                 dz = z / batch
                 d_scale += (dz * s).sum()
@@ -1139,10 +1144,10 @@ class _SoftAggregateLoss(torch.autograd.Function):
                 # d t, d x: cosine = t x / (|t| |x|), so d cosine / d t = x / (|t| |x|) - cosine t / |t|^2
                 along = d_cosine * cosine                                        # [b, c, M]
                 d_product = d_cosine.div_(t_norm).div_(x_norm)                   # [b, c, M]
-                t_length = along.sum(2, keepdim=True) / t_norm ** 2              # [b, c, 1]
-                x_length = along.sum(1)[..., None] / x_norm.mT ** 2              # [b, M, 1]
-                torch.mul(t, -t_length, out=d_labels[samples, part]).baddbmm_(d_product, x)
-                d_regions[samples].addcmul_(x, x_length, value=-1).baddbmm_(d_product.mT, t)
+                t_radial = along.sum(2, keepdim=True) / t_norm ** 2              # [b, c, 1]
+                x_radial = along.sum(1)[..., None] / x_norm.mT ** 2              # [b, M, 1]
+                torch.mul(t, -t_radial, out=d_labels[samples, part]).baddbmm_(d_product, x)
+                d_regions[samples].addcmul_(x, x_radial, value=-1).baddbmm_(d_product.mT, t)
         ctx.save_for_backward(d_labels, d_regions, d_scale, d_bias)
         return loss / batch
 

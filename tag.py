@@ -28,7 +28,6 @@ import run
 import sspa
 from data import UsageError, say
 
-RUNNING = [field for field in run.options_of(run.Options) if field.name in ("gpu", "cpu", "cache", "workers", "quiet")]
 ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files are bytes
 
 
@@ -83,7 +82,7 @@ def parse(argv):
     add("photos", nargs="+", metavar="PHOTOS", help="files or folders")
     add("--labels", metavar="FILE", help="other labels than it was trained on, one a line, where the method can")
     add("--threshold", type=float, default=0.5, metavar="T", help="a label above this score is a tag (default: 0.5)")
-    add("--top-k", type=int, metavar="K", help="the K strongest labels are the tags, whatever their scores")
+    add("--top-k", type=run.COUNT, metavar="K", help="the K strongest labels are the tags, whatever their scores")
     add("--output", default="tags", metavar="DIR", help="folder of results (default: tags)")
     add("--stdout", action="store_true", help="write the lines to standard output as photos are done, and no files")
     add("--html", action="store_true", help="a page to look through the photos, too")
@@ -91,22 +90,19 @@ def parse(argv):
     options = parser.parse_args(argv)
     if not 0 <= options.threshold <= 1:
         raise UsageError(f"--threshold {options.threshold:g}: must be from 0 to 1")
-    if options.top_k is not None and options.top_k < 1:
-        raise UsageError(f"--top-k {options.top_k}: must be at least 1")
     return options
 
 
 def add_running(parser):
     """The options that the methods have, too."""
-    for field in RUNNING:
-        run.add_option(parser, field)
+    for field in run.options_of(run.Options):
+        if field.name in ("gpu", "cpu", "cache", "workers", "quiet"):
+            run.add_option(parser, field)
     parser.set_defaults(cache="runs/cache")
 
 
 def open_model(options):
     """-> (Model, photos: list of Path). What is missing is said before anything is computed. Raises UsageError."""
-    for field in RUNNING:
-        run.check_range(field, getattr(options, field.name))
     photos = [photo for path in options.photos for photo in data.list_photos(path)]
     labels = None
     if options.labels:

@@ -227,16 +227,6 @@ def test_learning_rate_and_weight_decay(tmp_path):
     assert len(steps) == 4
 
 
-@pytest.mark.parametrize("impl", ["fused", "reference"])
-def test_no_noise_draws_nothing(tmp_path, impl):
-    """--noise-std 0 learns what --noise-law none does, without a random number for the noise."""
-    with mock.patch.object(rp, f"perturb_{impl}", wraps=getattr(rp, f"perturb_{impl}")) as perturb:
-        silent = train(tmp_path, f"--impl {impl} --noise-std 0")
-        none = train(tmp_path, f"--impl {impl} --noise-law none")
-    assert {call.args[2] for call in perturb.call_args_list} == {"none"}
-    assert all(map(torch.equal, silent.parameters(), none.parameters()))
-
-
 @pytest.mark.parametrize("words, over_zero_shot, over_no_noise", [
     ("--seed 0 1 2 --text-count 500 --test-count 500 --epochs 25", 0.7, 0.5),
     ("--seed 0 1 --train-count 2000 --epochs 20 --features {}/voc2007_even.npz", 0.5, 2)])

@@ -60,8 +60,8 @@ def test_help(script, tmp_path):
 
 
 REFUSED = {  # words, what the answer must hold
-    RP: [("--lr nan", "--lr nan: must be"), ("--lr 0,1", "--lr: invalid float"), ("--data x", "s: --data"),
-         ("--seed 1 1", "--seed 1 1: a value stands twice"), ("--seed -1", "--seed -1: must be at least 0"),
+    RP: [("--lr nan", "--lr: must be above 0"), ("--lr 0,1", "--lr: invalid float"), ("--data x", "s: --data"),
+         ("--seed 1 1", "--seed 1 1: a value stands twice"), ("--seed -1", "--seed: must be at least 0"),
          ("--dataset imagenet", "choose from 'scenes', 'voc2007'"), ("--resolution 65", "multiple of 8"),
          ("--policy difficult=ignore", "--policy difficult=ignore: scenes takes none"),
          ("--gpu 99", "GPU 99: this machine has"), ("--gpu 0 --cpu", "leave one out"),
@@ -74,7 +74,8 @@ REFUSED = {  # words, what the answer must hold
          ("--checkpoint {rp} --resolution 128", "same --backbone, --pretrained and --resolution"),
          ("--unseen sun", "add --head label-embedding"), ("--tensorboard", "pip install tensorboard"),
          ("--output /proc/x", "/proc/x")],
-    SSPA: [("--ema 1", "at least 0 and below 1"), ("--texts x", "s: --texts x"), ("--output {f}/few.txt/x", "/few.txt"),
+    SSPA: [("--ema 1", "must be at least 0 and below 1"), ("--texts x", "s: --texts x"),
+           ("--output {f}/few.txt/x", "/few.txt"),
            ("--unseen dragon", "--unseen dragon: must be one of the labels"),
            (FEW + "--context-length 38", "--context-length 38: this CLIP reads 40 tokens"),
            ("--labels {f}/foreign.txt", "'zebra' is no label of scenes"),

@@ -110,9 +110,9 @@ def test_good_tags_are_replaced_at_the_end_only(trained, place, tmp_path, monkey
     ("tag.py nowhere {p}", "checkpoint nowhere: no such file"), ("tag.py {p} {p}", "{p}: is a directory; pass a"),
     ("tag.py {p}/a.png {p}", "; pass a checkpoint.safetensors"), ("tag.py {rp} {p}/empty", "photos end in .jpg"),
     ("tag.py {rp} {p} --threshold 50", "--threshold 50: must be from 0 to 1"),
-    ("tag.py {rp} {p} --top-k 0", "--top-k 0: must"), ("tag.py {rp} {p} --workers -1", "--workers -1: must"),
-    ("tag.py {rp} {p} --gpu -1", "--gpu -1: must"),
-    ("explain.py {sspa} {p} --top-k 0", "--top-k 0: must"), ("explain.py {rp} {p}", "of RP, which has no regions")])
+    ("tag.py {rp} {p} --top-k 0", "--top-k: must"), ("tag.py {rp} {p} --workers -1", "--workers: must"),
+    ("tag.py {rp} {p} --gpu -1", "--gpu: must"),
+    ("explain.py {sspa} {p} --top-k 0", "--top-k: must"), ("explain.py {rp} {p}", "of RP, which has no regions")])
 def test_refused(start, trained, place, words, answer):
     files = {"rp": trained[RP].checkpoint, "sspa": trained[SSPA].checkpoint, "p": place / "photos"}
     running = start(*words.format(**files).split())
