@@ -493,7 +493,7 @@ def main(argv):
         else:
             adapter = train(config, seen, seed, device, folder)
             run.save_checkpoint(config, folder, seed, adapter.state_dict(), method="rp", names=trained,
-                                settings=record["settings"], encoder=inputs.encoder, encoder_key=inputs.encoder_key)
+                                settings=record["config"], encoder=inputs.encoder, encoder_key=inputs.encoder_key)
         result = {"seed": seed}
         if inputs.image_labels is not None:
             result |= evaluate(config, adapter, inputs, device)

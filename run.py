@@ -36,7 +36,6 @@ from data import UsageError, say
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's numbers; without it one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-RESUME_SECONDS = float(os.environ.get("RESUME_SECONDS", 5))  # between saves of resume.pt
 PLAIN_SECONDS = 60  # between lines about a training where stderr is no terminal
 
 
@@ -235,7 +234,7 @@ def open_folder(config, default):
         return folder, {}
     with data.reading(path, "result", "delete it, or add --overwrite to begin anew"):
         record = json.loads(path.read_text("utf-8"))
-        then = dict(record["settings"])
+        then = dict(record["config"])
         finished = record["finished"]
         record["runs"] = [one for one in record["runs"] if one["seed"] in config.seed]
     now = settings_of(config)
@@ -274,7 +273,7 @@ def end_seed(folder, record, began):
 
 # --- progress of a training -------------------------------------------------------------------------------------------
 class Progress:
-    """A training's line an epoch in log.jsonl, its resume.pt now and then, and what a person sees of it."""
+    """A training's log.jsonl and resume.pt, both written after every epoch, and what a person sees of it."""
 
     def __init__(self, config, folder, title, steps, tensors, optimiser):
         """title: names the run; steps: of an epoch; tensors: {name: tensor} of all that training changes. What an
@@ -288,7 +287,7 @@ class Progress:
         if (folder / "resume.pt").is_file():
             self._resume()
         self.epochs_done = len(self.log)
-        self.epoch_began = self.said_at = self.saved_at = time.time()
+        self.epoch_began = self.said_at = time.time()
         self.bar = tqdm(initial=self.epochs_done * steps, total=config.epochs * steps, desc=f"training {title}",
                         unit="step", disable=config.quiet or RANK > 0 or None)
         self.board = None
@@ -348,7 +347,7 @@ class Progress:
             self.board.flush()
         if epoch == self.config.epochs:
             self.bar.close()
-        elif now > self.saved_at + RESUME_SECONDS:
+        else:
             self._save()
 
     def _save(self):
@@ -356,7 +355,6 @@ class Progress:
         state = {"title": self.title, "tensors": self.tensors, "log": self.log}
         torch.save({**state, "optimiser": self.optimiser.state_dict()}, stream)
         data.write_atomically(self.folder / "resume.pt", stream.getvalue())
-        self.saved_at = time.time()
 
 
 def fill(tensors, stored):
@@ -495,8 +493,7 @@ def new_record(method, config, argv, device, names, trained, truth, first_tries)
         "impl": config.impl,
         "commit": commit(),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *argv]),
-        "settings": settings_of(config),
-        "config": {field.name: getattr(config, field.name) for field in options_of(config)},
+        "config": settings_of(config),
         "seeds": list(config.seed),
         "processes": WORLD,
         "threads": torch.get_num_threads(),

@@ -649,18 +649,15 @@ def set_biases(config, clip, model, photos):
 
 
 def optimiser_of(config, model):
-    """AdamW; each group's "peak" is what the schedule multiplies.  [choice D11]"""
-    contexts, tower, others = [], [], []
+    """AdamW; a tensor's "peak" is what the schedule multiplies.  [choice D11]"""
+    groups = []
     for name, parameter in model.learned().items():
+        peak = config.lr
         if name == "contexts":
-            contexts.append(parameter)
+            peak = config.prompt_lr
         elif name.startswith("clip.visual."):
-            tower.append(parameter)
-        else:
-            others.append(parameter)
-    groups = [{"params": others, "peak": config.lr}, {"params": contexts, "peak": config.prompt_lr}]
-    if tower:
-        groups.append({"params": tower, "peak": config.lr * config.image_lr_factor})
+            peak = config.lr * config.image_lr_factor
+        groups.append({"params": [parameter], "peak": peak})
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=WEIGHT_DECAY, fused=config.impl == "fused")
 
 
@@ -742,20 +739,18 @@ def train(config, clip, labels, photos, seed, folder):
 # --- score ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def score(config, clip, model, photos):
-    """-> global logits, regional logits, float64 [N, C] each. Under torchrun each process scores its share."""
-    global_logits = torch.zeros(photos.labels.shape, dtype=torch.float64, device=clip.device)
-    regional_logits = torch.zeros_like(global_logits)
+    """-> global and regional logits, float64 [2, N, C]. Under torchrun each process scores its share."""
+    logits = torch.zeros(2, *photos.labels.shape, dtype=torch.float64, device=clip.device)
     batches = torch.arange(len(photos.photos)).split(64)[run.RANK::run.WORLD]
     with embed.autocast(clip.device, config.precision):
         prompts = model.prompts()
         for rows, (x0, X, _) in zip(batches, batches_of(config, clip, photos, batches), strict=True):
             prediction = model(x0, X, prompts=prompts)
-            global_logits[rows] = prediction.global_logits.double()
-            regional_logits[rows] = prediction.regional_logits.double()
+            logits[0, rows] = prediction.global_logits.double()
+            logits[1, rows] = prediction.regional_logits.double()
     if run.WORLD > 1:  # every row is zero but in one process
-        dist.all_reduce(global_logits)
-        dist.all_reduce(regional_logits)
-    return global_logits.cpu(), regional_logits.cpu()
+        dist.all_reduce(logits)
+    return logits.cpu()
 
 
 def evaluate(config, clip, model, photos):
@@ -875,7 +870,7 @@ def main(argv):
                 clip = run.load_clip(config, device)  # every seed starts from CLIP's own image tower
             model = train(config, clip, labels, train_photos, seed, folder)
             run.save_checkpoint(config, folder, seed, model.learned(), method="sspa", names=trained, texts=labels.texts,
-                                settings=record["settings"], encoder=clip.name, encoder_key=clip.key)
+                                settings=record["config"], encoder=clip.name, encoder_key=clip.key)
             if config.unseen:
                 model.set_labels(labels_of(config, clip, names))  # nothing that is learnt belongs to a label
         record["runs"].append({"seed": seed, **evaluate(config, clip, model, test_photos)})
