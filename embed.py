@@ -168,7 +168,8 @@ def _build(backbone, config, tag, resolution):
 
 
 def _load_weights(model, path):
-    """Fill a model from a file, whatever its precision. ValueError says what is wrong."""
+    """Fill a model from a file, whatever its precision. Raises many kinds of errors; ValueError if it holds no weights.
+    """
     from unittest.mock import patch
 
     from open_clip import factory
@@ -181,18 +182,15 @@ def _load_weights(model, path):
     except Exception:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
         raise ValueError("empty, damaged, cut short, a web page or no weights file; or a TorchScript archive (OpenAI's "
                          "own form), which holds code and is refused") from None
-    try:
-        token_ids = state.pop("token_ids", None)
-        state = {name: tensor.float() for name, tensor in state.items()}  # half precision cannot be resized on a CPU
-        if token_ids is not None:
-            # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
-            table = torch.zeros_like(model.token_embedding.weight)
-            table[token_ids] = state["token_embedding.weight"]
-            state["token_embedding.weight"] = table
-        with patch.object(factory, "load_state_dict", return_value=state):  # what it would read again
-            factory.load_checkpoint(model, path)
-    except Exception as error:  # open_clip and torch raise many kinds
-        raise ValueError(f"of another architecture ({error})") from None
+    token_ids = state.pop("token_ids", None)
+    state = {name: tensor.float() for name, tensor in state.items()}  # half precision cannot be resized on a CPU
+    if token_ids is not None:
+        # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
+        table = torch.zeros_like(model.token_embedding.weight)
+        table[token_ids] = state["token_embedding.weight"]
+        state["token_embedding.weight"] = table
+    with patch.object(factory, "load_state_dict", return_value=state):  # what it would read again
+        factory.load_checkpoint(model, path)
 
 
 def _resize(model, resolution):
@@ -417,7 +415,8 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
                     fresh[keys[other]] = {name: values[place].cpu().contiguous() for name, values in tensors.items()}
             store.put(encoder, fresh)
         encoded = fresh.get(key) or store.get(encoder, key)
-        bad += not encoded
+        if not encoded:
+            bad += 1
         yield row, encoded
     if bad:
         say(f"{bad} of {len(photos)} photos could not be read; they are named above")
