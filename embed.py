@@ -5,10 +5,10 @@ N texts or photos, K photos that could be read, b photos in a batch, M regions, 
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import sqlite3
 import threading
-import time
 from contextlib import suppress
 from difflib import get_close_matches
 from hashlib import blake2b
@@ -262,11 +262,10 @@ def _decode(clip, augment, batch):
     return images, wrong
 
 
-def _end_with(parent, worker):
+def _end_with_parent(worker):
     """Let a worker process end when its parent was killed: it would wait for ever to hand over its batch."""
     def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
@@ -285,7 +284,7 @@ def decoded(clip, photos, batches, workers, augment=None):
     decode = functools.partial(_decode, clip._replace(model=ImportsFirst(), tokenizer=None), augment)
     loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode,
                         num_workers=min(workers, os.cpu_count()), generator=torch.Generator(),
-                        worker_init_fn=functools.partial(_end_with, os.getpid()))
+                        worker_init_fn=_end_with_parent)
     for images, wrong in loader:
         for reason in wrong.values():
             say_once(f"{reason}; left out")
