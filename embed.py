@@ -5,14 +5,14 @@ N texts or photos, K photos that could be read, b photos in a batch, M regions, 
 import functools
 import json
 import logging
+import multiprocessing
 import os
 import sqlite3
 import threading
-import time
 from contextlib import suppress
 from difflib import get_close_matches
 from hashlib import blake2b
-from math import exp, log, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import HTTPError
@@ -44,15 +44,11 @@ def import_open_clip():
     """open_clip, also where torchvision's wheel does not fit torch's build; it knows "scenes", too. -> module"""
     try:
         import torchvision  # noqa: F401
-    except RuntimeError as error:
+    except RuntimeError:
         # torchvision's PyPI wheel beside a CPU build of torch: its compiled operators are missing, and its import stops
         # where it registers a fake kernel for the first of them. Declaring them is enough: nothing here calls them.
-        if "torchvision::nms does not exist" not in str(error):
-            raise
-        operators = torch.library.Library("torchvision", "DEF")
-        import_open_clip.operators = operators  # to live as long as we do
-        for name in ("nms", "qnms"):
-            operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in ("torchvision::nms", "torchvision::qnms"):
+            torch.library.define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import open_clip
     open_clip.factory._MODEL_CONFIGS["scenes"] = scenes.CLIP_CONFIG
     logging.getLogger().addFilter(lambda record: record.module != "factory")  # that a model begins with random weights
@@ -71,13 +67,9 @@ class Clip(NamedTuple):
     preprocess: object      # PIL RGB -> float32 [3, H, W]
     name: str               # for people
     key: str                # hash of what the model computes: what a checkpoint was trained on
-    known_tokens: set       # token ids with trained rows; None: all of them
     precision: str          # "fp32" or "bf16"
     image_size: tuple       # (H, W), pixels that the image tower sees
-
-    @property
-    def device(self):
-        return next(self.model.parameters()).device
+    device: torch.device
 
 
 def autocast(device, precision):
@@ -110,7 +102,8 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
         config.setdefault("quick_gelu", tag.get("quick_gelu", False))
         tokenizer = open_clip.get_tokenizer(backbone)
         model = _build(backbone, config, tag, resolution)
-        known_tokens = path and _load_weights(model, path)
+        if path:
+            _load_weights(model, path)
         if resolution:
             _resize(model, resolution)
         key = _hash(model, config)
@@ -118,7 +111,8 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
         say(f"{path}: if these are OpenAI's weights, use --backbone {backbone}-quickgelu (their activation)")
     look = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     preprocess = open_clip.transform.image_transform_v2(look, is_train=False)
-    return Clip(model.to(device), tokenizer, preprocess, name, key, known_tokens, precision, look.input_size[1:])
+    device = torch.device(device)
+    return Clip(model.to(device), tokenizer, preprocess, name, key, precision, look.input_size[1:], device)
 
 
 def _find_weights(backbone, pretrained, tag):
@@ -131,8 +125,8 @@ def _find_weights(backbone, pretrained, tag):
     if pretrained == "none":
         say(f"--backbone {backbone}: random weights, as --pretrained none asks for")
         return None
-    by_hand = f"{WEIGHTS}/{backbone}.{pretrained}.safetensors"
-    for path in (str(pretrained), by_hand):
+    by_hand = f"{WEIGHTS}/{backbone}.{pretrained}"
+    for path in (str(pretrained), f"{by_hand}.safetensors", f"{by_hand}.pt", f"{by_hand}.bin"):
         if os.path.isfile(path):
             return path
     if pretrained and not tag:
@@ -154,8 +148,8 @@ def _find_weights(backbone, pretrained, tag):
         return download_pretrained_from_hf(repository, filename)
     except Exception as error:  # hub clients raise many kinds
         raise UsageError(f"weights of {backbone} are not on this machine and cannot be fetched ({error}): get {url}, "
-                         f"put it at {by_hand} or pass --pretrained FILE; or put it and open_clip_config.json into a "
-                         "folder and pass --backbone local-dir:FOLDER") from None
+                         f"put it at {by_hand}.safetensors (or .pt, .bin) or pass --pretrained FILE; or put it and "
+                         "open_clip_config.json into a folder and pass --backbone local-dir:FOLDER") from None
 
 
 def _build(backbone, config, tag, resolution):
@@ -174,34 +168,29 @@ def _build(backbone, config, tag, resolution):
 
 
 def _load_weights(model, path):
-    """Fill a model from a file. -> ids of the tokens that were trained (None: all). ValueError says what is wrong."""
-    from open_clip.factory import load_checkpoint, load_state_dict, resize_pos_embed
-    with open(path, "rb") as file:
-        if file.read(64).lstrip().startswith(b"<"):
-            raise ValueError("a web page, not weights")
+    """Fill a model from a file, whatever its precision. Raises many kinds of errors; ValueError if it holds no weights.
+    """
+    from unittest.mock import patch
+
+    from open_clip import factory
     try:
         with catch_warnings():
             simplefilter("ignore")  # torch's, of a TorchScript archive
-            state = load_state_dict(path, weights_only=True)
-    except Exception as error:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
-        if "TorchScript" in str(error):
-            raise ValueError("a TorchScript archive (OpenAI's own form), which holds code and is refused") from None
-        raise ValueError("empty, damaged, cut short or no weights file") from None
-    try:
-        if "token_ids" not in state:
-            load_checkpoint(model, path)
-            return None
+            state = factory.load_state_dict(path)
+    except OSError:  # such as no such file
+        raise
+    except Exception:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
+        raise ValueError("empty, damaged, cut short, a web page or no weights file; or a TorchScript archive (OpenAI's "
+                         "own form), which holds code and is refused") from None
+    token_ids = state.pop("token_ids", None)
+    state = {name: tensor.float() for name, tensor in state.items()}  # half precision cannot be resized on a CPU
+    if token_ids is not None:
         # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
-        token_ids = state.pop("token_ids")
-        state = {name: tensor.float() for name, tensor in state.items()}
         table = torch.zeros_like(model.token_embedding.weight)
         table[token_ids] = state["token_embedding.weight"]
         state["token_embedding.weight"] = table
-        resize_pos_embed(state, model)
-        model.load_state_dict(state)
-        return set(token_ids.tolist())
-    except Exception as error:  # open_clip and torch raise many kinds
-        raise ValueError(f"of another architecture ({error})") from None
+    with patch.object(factory, "load_state_dict", return_value=state):  # what it would read again
+        factory.load_checkpoint(model, path)
 
 
 def _resize(model, resolution):
@@ -212,7 +201,7 @@ def _resize(model, resolution):
         visual.set_input_size(resolution)
     if hasattr(visual, "attnpool"):
         # A ResNet's position embeddings are in its attention pool; open_clip interpolates them under a ViT's name.
-        visual.grid_size = (resolution // 32, resolution // 32)
+        visual.grid_size = resolution // 32
         positions = visual.attnpool.positional_embedding
         state = {"visual.positional_embedding": positions}
         resize_pos_embed(state, model)
@@ -244,7 +233,7 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
             return clip.preprocess(image)
         width, height = image.size
         area = width * height * generator.uniform(smallest, 1)
-        aspect = exp(generator.uniform(log(3 / 4), log(4 / 3)))
+        aspect = (4 / 3) ** generator.uniform(-1, 1)
         crop_width = min(width, sqrt(area * aspect))
         crop_height = min(height, sqrt(area / aspect))
         left = generator.uniform(0, width - crop_width)
@@ -260,9 +249,9 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
 
 
 def _decode(clip, augment, batch):
-    """[(row, photo), ...] -> (numpy images [b, 3, H, W], why each cannot be read or None). In a worker process."""
+    """[(row, photo), ...] -> (numpy images [b, 3, H, W], {place in the batch: why it cannot be read}). In a worker."""
     images = np.zeros((len(batch), 3, *clip.image_size), np.float32)
-    wrong = [None] * len(batch)
+    wrong = {}
     seed, epoch, smallest = augment or (None, None, 1.0)
     for place, (row, photo) in enumerate(batch):
         generator = augment and np.random.default_rng([seed, epoch, row])
@@ -273,21 +262,19 @@ def _decode(clip, augment, batch):
     return images, wrong
 
 
-def _end_with(parent, worker):
+def _end_with_parent(worker):
     """Let a worker process end when its parent was killed: it would wait for ever to hand over its batch."""
     def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+        multiprocessing.parent_process().join()
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
 
-def decoded(clip, photos, batches, workers, augment=None, naming=True):
+def decoded(clip, photos, batches, workers, augment=None):
     """Photos decoded by worker processes (None: a core each, at most 16) while the caller computes. batches: lists of b
     row indices (int) into photos; augment: None, or (seed, epoch, smallest share of the area) for random crops that
     hang on (seed, epoch, row) alone. -> iterator over (images float32 [b, 3, H, W], readable bool [b]). A photo that
-    cannot be read is all zeros, and is named once on stderr (unless naming is False)."""
-    batches = list(batches)
+    cannot be read is all zeros, and is named once on stderr."""
     if workers is None:
         workers = 16
     if len(batches) < 2:
@@ -297,61 +284,54 @@ def decoded(clip, photos, batches, workers, augment=None, naming=True):
     decode = functools.partial(_decode, clip._replace(model=ImportsFirst(), tokenizer=None), augment)
     loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode,
                         num_workers=min(workers, os.cpu_count()), generator=torch.Generator(),
-                        worker_init_fn=functools.partial(_end_with, os.getpid()))
+                        worker_init_fn=_end_with_parent)
     for images, wrong in loader:
-        for reason in wrong:
-            if reason and naming:
-                say_once(f"{reason}; left out")
-        yield torch.from_numpy(images), torch.tensor([reason is None for reason in wrong])
+        for reason in wrong.values():
+            say_once(f"{reason}; left out")
+        yield torch.from_numpy(images), torch.tensor([place not in wrong for place in range(len(images))])
 
 
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 class Cache:
-    """Rows of tensors in SQLite, by what encoded them and of what. All features*.sqlite of a folder are read, one is
-    written: under torchrun each process has its own. A damaged file is set aside and made anew; what cannot be opened
-    or written is done without, said once. folder None: keeps nothing."""
+    """Rows of tensors in SQLite, by what encoded them and of what, in one file for all processes: a row is there as a
+    whole or not. A damaged file is set aside and made anew; what cannot be opened or written is done without, said
+    once. folder None: keeps nothing."""
 
     def __init__(self, folder):
-        self.connections = {}  # {path: connection}
-        self.paths = []  # the first is written, too
-        if folder:
-            own = "features.sqlite"
-            if distributed.is_initialized():
-                own = f"features.{distributed.get_rank()}.sqlite"
-            self.paths = [Path(folder, own), *Path(folder).glob("features*.sqlite")]
+        self.path = folder and Path(folder, "features.sqlite")
+        self.connection = None
 
     def get(self, encoder, item):
         """-> {name: tensor}, or None if there is no such row."""
-        for path in self.paths:
-            found = self.run(path, "SELECT tensors FROM features WHERE encoder = ? AND item = ?", [(encoder, item)])
-            if found:
-                return found[0]
-        return None
+        rows = self.run("SELECT tensors FROM features WHERE encoder = ? AND item = ?", [(encoder, item)])
+        return next(iter(rows), None)
 
     def put(self, encoder, rows):
         """Store {item: {name: tensor}} in one transaction."""
         values = [(encoder, item, save(tensors)) for item, tensors in rows.items()]
-        for path in self.paths[:1]:
-            self.run(path, "INSERT OR REPLACE INTO features VALUES (?, ?, ?)", values)
+        self.run("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", values)
 
-    def run(self, path, command, rows):
-        """Give an SQL command to a file, once for each row of values. -> list of the {name: tensor} that it finds"""
+    def run(self, command, rows):
+        """Give an SQL command, once for each row of values. -> list of the {name: tensor} that it finds"""
+        if not self.path:
+            return []
         try:
-            if path not in self.connections:
-                os.makedirs(path.parent, exist_ok=True)
-                self.connections[path] = sqlite3.connect(path, timeout=60)  # seconds to wait for another run
-                self.connections[path].execute("CREATE TABLE IF NOT EXISTS features "
-                                               "(encoder TEXT, item TEXT, tensors BLOB, PRIMARY KEY (encoder, item))")
-            with self.connections[path] as connection:
-                return [load(tensors) for values in rows for (tensors,) in connection.execute(command, values)]
+            if not self.connection:
+                os.makedirs(self.path.parent, exist_ok=True)
+                self.connection = sqlite3.connect(self.path, timeout=60)  # seconds to wait for another process
+                self.connection.execute("CREATE TABLE IF NOT EXISTS features "
+                                        "(encoder TEXT, item TEXT, tensors BLOB, PRIMARY KEY (encoder, item))")
+            with self.connection:
+                return [load(tensors) for values in rows for (tensors,) in self.connection.execute(command, values)]
         except (OSError, sqlite3.OperationalError) as error:  # such as no permission, disk full, locked
-            say_once(f"cache {path}: going on without ({error})")
-        except (sqlite3.DatabaseError, SafetensorError, TypeError) as error:
-            self.connections.pop(path).close()
+            say_once(f"cache {self.path}: going on without ({error})")
+        except (sqlite3.DatabaseError, SafetensorError) as error:
+            self.connection.close()
+            self.connection = None
             with suppress(OSError):
-                os.replace(path, f"{path}.damaged")
-            say_once(f"cache {path}: damaged ({error}); renamed to .damaged and made anew")
+                os.replace(self.path, f"{self.path}.damaged")
+            say_once(f"cache {self.path}: damaged ({error}); renamed to .damaged and made anew")
         return []
 
 
@@ -372,30 +352,18 @@ def _identity(photo):
 
 # --- texts ------------------------------------------------------------------------------------------------------------
 
-def _encode_text(model, tokens):
-    """model.encode_text without the positions behind the longest text's end, which CLIP's causal encoder, asked at the
-    end token, does not need."""
-    if getattr(model, "text_pool_type", None) != "argmax" or model.attn_mask is None:
-        return model.encode_text(tokens, normalize=False)
-    ends = tokens.argmax(-1)
-    longest = int(ends.max()) + 1
-    x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
-    return x[torch.arange(len(tokens)), ends] @ model.text_projection
-
-
-def embed_texts(clip, texts, cache=None, batch_size=256, quiet=True):
-    """Text embeddings, raw (not normalised), float32 [N, D] on the CPU. Texts past the context length are cut and
-    counted in one line; words that the tiny CLIP of scenes was not trained on are named. quiet: no progress bar."""
+def embed_texts(clip, texts, cache=None, quiet=True):
+    """Text embeddings, raw (not normalised), float32 [N, D] on the CPU. quiet: no progress bar."""
     _check_texts(clip, texts)
     store = Cache(cache)
     encoder = f"text {clip.key} {clip.precision}"
     rows = {text: store.get(encoder, text) for text in texts}
-    missing = sorted((text for text in rows if not rows[text]), key=len)
-    for start in tqdm(range(0, len(missing), batch_size), "embedding texts", disable=quiet or None):
-        batch = missing[start:start + batch_size]
+    missing = [text for text in rows if not rows[text]]
+    for start in tqdm(range(0, len(missing), BATCH), "embedding texts", disable=quiet or None):
+        batch = missing[start:start + BATCH]
+        tokens = clip.tokenizer(batch).to(clip.device)
         with torch.no_grad(), autocast(clip.device, clip.precision):
-            embeddings = _encode_text(clip.model, clip.tokenizer(batch).to(clip.device)).float().cpu()
+            embeddings = clip.model.encode_text(tokens, normalize=False).float().cpu()
         fresh = {text: {"embedding": row} for text, row in zip(batch, embeddings, strict=True)}
         store.put(encoder, fresh)
         rows |= fresh
@@ -403,20 +371,17 @@ def embed_texts(clip, texts, cache=None, batch_size=256, quiet=True):
 
 
 def _check_texts(clip, texts):
-    """Say how many texts are too long, and which words the tiny CLIP does not know."""
+    """Say how many texts are too long, and which words the tiny CLIP was not trained on: their rows are zero."""
     limit = clip.tokenizer.context_length
-    # A token is at least a byte, and two more mark start and end: shorter texts fit. The empty text ends in padding.
-    long = [text for text in texts if len(text.encode()) + 2 > limit]
-    last = clip.tokenizer([*long, ""], limit + 1)[:, -1]
-    cut = int((last != last[-1]).sum())
+    tokens = clip.tokenizer([*texts, ""], limit + 1)  # [N + 1, limit + 1]; the empty text ends in padding
+    cut = int((tokens[:, -1] != tokens[-1, -1]).sum())
     if cut:
         say(f"{cut} of {len(texts)} texts are longer than {limit} tokens and were cut")
-    if clip.known_tokens:
-        used = dict.fromkeys(token for text in texts for token in clip.tokenizer.encode(text))
-        unknown = [clip.tokenizer.decode([token]).strip() for token in used if token not in clip.known_tokens]
+    if clip.name == "scenes":
+        table = clip.model.token_embedding.weight
+        unknown = [token for token in tokens.unique().tolist() if not table[token].any()]
         if unknown:
-            words = ", ".join(unknown[:10])
-            say(f"the {clip.name} CLIP has never seen: {words}; such words mean nothing to it")
+            say(f"the scenes CLIP has never seen: {clip.tokenizer.decode(unknown[:10])}; such words mean nothing to it")
 
 
 # --- photos, encoded --------------------------------------------------------------------------------------------------
@@ -424,7 +389,7 @@ def _check_texts(clip, texts):
 def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet=False, share=True):
     """Photos through an encoder, a row each, in their order; what is in the cache is not computed again. encoder: what
     computes the values, as a str; encode: images [b, 3, H, W] -> dict of tensors [b, ...]. -> generator of (row in
-    photos, {name: tensor} on the CPU, or None if the photo cannot be read). Such photos are named at the end.
+    photos, {name: tensor on the CPU}, or None if the photo cannot be read). Such photos are counted at the end.
     share: under torchrun each process first encodes its part of the photos into the cache."""
     if share and cache and distributed.is_initialized():
         part = photos[distributed.get_rank()::distributed.get_world_size()]
@@ -435,9 +400,9 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
     keys = [_identity(photo) for photo in photos]
     missing = [row for row, key in enumerate(keys) if not store.get(encoder, key)]
     batch_at = {missing[start]: missing[start:start + BATCH] for start in range(0, len(missing), BATCH)}
-    images_of = decoded(clip, photos, batch_at.values(), workers, naming=False)
+    images_of = decoded(clip, photos, list(batch_at.values()), workers)
     fresh = {}  # of the batch at hand
-    bad = []
+    bad = 0
     for row, key in enumerate(tqdm(keys, "embedding photos", disable=quiet or None)):
         if row in batch_at:
             images, readable = next(images_of)
@@ -450,15 +415,10 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
             store.put(encoder, fresh)
         encoded = fresh.get(key) or store.get(encoder, key)
         if not encoded:
-            bad.append(photos[row])
+            bad += 1
         yield row, encoded
-    for photo in bad[:20]:
-        try:
-            load_photo(clip, photo)
-        except UsageError as error:
-            say(f"{error}; left out")
     if bad:
-        say(f"{len(bad)} of {len(photos)} photos could not be read; the first 20 are named above")
+        say(f"{bad} of {len(photos)} photos could not be read; they are named above")
 
 
 def _embed(clip, photos, kind, encode, cache, workers, quiet):
@@ -488,16 +448,3 @@ def embed_regions(clip, photos, image_features, cache=None, workers=None, quiet=
         return {"x0": x0.float(), "X": X.half()}
     tensors, rows = _embed(clip, photos, "regions", encode, cache, workers, quiet)
     return tensors["x0"], tensors["X"], rows
-
-
-def download_voc2007(root):
-    """Fetch and unpack VOC2007 (870 MB) under root, through torchvision, which checks the archives' hashes. Raises
-    UsageError. In a shell: python -c "import embed; embed.download_voc2007('data')" """
-    import_open_clip()  # torchvision imports only after its guard
-    from torchvision.datasets import VOCDetection
-    try:
-        for image_set in ("trainval", "test"):
-            VOCDetection(str(root), year="2007", image_set=image_set, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"voc2007: download failed ({error}); fetch VOCtrainval_06-Nov-2007.tar and VOCtest_06-"
-                         f"Nov-2007.tar by hand and unpack both under {root}") from None
