@@ -448,3 +448,16 @@ def embed_regions(clip, photos, image_features, cache=None, workers=None, quiet=
         return {"x0": x0.float(), "X": X.half()}
     tensors, rows = _embed(clip, photos, "regions", encode, cache, workers, quiet)
     return tensors["x0"], tensors["X"], rows
+
+
+def download_voc2007(root):
+    """Fetch and unpack VOC2007 (870 MB) under root, through torchvision, which checks the archives' hashes. Raises
+    UsageError. In a shell: python -c "import embed; embed.download_voc2007('data')" """
+    import_open_clip()  # torchvision imports only after its guard
+    from torchvision.datasets import VOCDetection
+    try:
+        for image_set in ("trainval", "test"):
+            VOCDetection(str(root), year="2007", image_set=image_set, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"voc2007: download failed ({error}); fetch VOCtrainval_06-Nov-2007.tar and VOCtest_06-"
+                         f"Nov-2007.tar by hand and unpack both under {root}") from None
