@@ -352,18 +352,30 @@ def _identity(photo):
 
 # --- texts ------------------------------------------------------------------------------------------------------------
 
+def _encode_text(model, tokens):
+    """model.encode_text without the positions behind the longest text's end, which CLIP's causal encoder, asked at the
+    end token, does not need."""
+    if getattr(model, "text_pool_type", None) != "argmax" or model.attn_mask is None:
+        return model.encode_text(tokens, normalize=False)
+    ends = tokens.argmax(-1)
+    longest = int(ends.max()) + 1
+    x = model.token_embedding(tokens[:, :longest]) + model.positional_embedding[:longest]
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:longest, :longest]))
+    return x[torch.arange(len(tokens)), ends] @ model.text_projection
+
+
 def embed_texts(clip, texts, cache=None, quiet=True):
     """Text embeddings, raw (not normalised), float32 [N, D] on the CPU. quiet: no progress bar."""
     _check_texts(clip, texts)
     store = Cache(cache)
     encoder = f"text {clip.key} {clip.precision}"
     rows = {text: store.get(encoder, text) for text in texts}
-    missing = [text for text in rows if not rows[text]]
+    missing = sorted((text for text in rows if not rows[text]), key=len)
     for start in tqdm(range(0, len(missing), BATCH), "embedding texts", disable=quiet or None):
         batch = missing[start:start + BATCH]
         tokens = clip.tokenizer(batch).to(clip.device)
         with torch.no_grad(), autocast(clip.device, clip.precision):
-            embeddings = clip.model.encode_text(tokens, normalize=False).float().cpu()
+            embeddings = _encode_text(clip.model, tokens).float().cpu()
         fresh = {text: {"embedding": row} for text, row in zip(batch, embeddings, strict=True)}
         store.put(encoder, fresh)
         rows |= fresh
