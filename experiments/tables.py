@@ -28,6 +28,7 @@ from run import exit_codes
 
 ASSETS = REPOSITORY / "assets"
 RECORD = ASSETS / "tables.json"
+PAPERS = ASSETS / "paper_numbers.json"
 DOCS = REPOSITORY / "docs/results.md"
 SETS = ("scenes", "features", *data.DATASETS[1:])
 NO_NOISE = "--noise-std-0"  # a run's name ends in the options that set it apart from the run before it
@@ -70,8 +71,9 @@ def summary(values):
     return [mean(values), stdev(values)]
 
 
-def facts_of(result):
-    return {name: result[name] for name in ("command", "commit", "device", "seconds")}
+def facts_of(result, tested_on, numbers):
+    facts = {name: result[name] for name in ("command", "commit", "device", "seconds")}
+    return {**facts, "tested on": tested_on, "numbers": numbers}
 
 
 def read_run(result):
@@ -95,8 +97,8 @@ def read_run(result):
     if result["method"] == "rp":
         trained = "{text_count:,} texts"
     tested = "{photo_count:,} photos, {label_count} labels, {backbone}; {policy}"
-    return {**facts_of(result), "seeds": result["seeds"], "trained on": trained.format(**result),
-            "tested on": tested.format(**result), "numbers": numbers}
+    facts = facts_of(result, tested.format(**result), numbers)
+    return {**facts, "seeds": result["seeds"], "trained on": trained.format(**result)}
 
 
 def read_benchmark(result):
@@ -118,8 +120,7 @@ def read_maps(result):
     numbers = {}
     for name in models[0]["maps"]:
         numbers[name] = summary([model["maps"][name]["pointing"] for model in models])
-    return {**facts_of(result), "tested on": "{asked:,} things in {photos:,} photos".format(**models[0]),
-            "numbers": numbers}
+    return facts_of(result, "{asked:,} things in {photos:,} photos".format(**models[0]), numbers)
 
 
 def read_baselines(result):
@@ -128,7 +129,7 @@ def read_baselines(result):
     for one in result["runs"]:
         numbers.setdefault(one["name"], []).append(one["mAP"])
     numbers = {name: summary(values) for name, values in numbers.items()}
-    return {**facts_of(result), "tested on": "{texts:,} texts, {photos:,} photos".format(**result), "numbers": numbers}
+    return facts_of(result, "{texts:,} texts, {photos:,} photos".format(**result), numbers)
 
 
 READERS = {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize.json": read_maps,
@@ -152,31 +153,33 @@ def look(folder):
 
 
 def read_papers(path):
-    """The flat list of numbers that somebody has read -> list of dicts. Raises UsageError for one without a source."""
-    with data.reading(path, "paper numbers", "mend that entry"):
-        cells = json.loads(path.read_text("utf-8"))
-        for entry, cell in enumerate(cells, 1):
-            if set(cell) != set(PUBLISHED) or not cell["source"].strip() or cell["dataset"] not in SETS:
-                raise ValueError(f"entry {entry} must have {', '.join(PUBLISHED)}; no empty source, no unknown dataset")
+    """The flat list of numbers that somebody has read -> rows. Raises UsageError for one without a source."""
+    rows = []
+    with data.reading(path, "paper numbers", f"an entry has {', '.join(PUBLISHED)}; mend it"):
+        for entry, cell in enumerate(json.loads(path.read_text("utf-8")), 1):
+            if not cell["source"].strip() or cell["dataset"] not in SETS:
+                raise ValueError(f"entry {entry} must have a source and a known dataset")
             if type(cell["value"]) not in (int, float) or not 1 <= cell["value"] <= 100:
                 raise ValueError(f"entry {entry} must be a number in percent (60.5, not 0.605)")
-    return cells
+            rows.append([cell[key] for key in PUBLISHED])
+    return rows
 
 
 # --- tables; rows without anything are left out of them in the end ----------------------------------------------------
-def number(runs, name, metric="mAP"):
-    """The cell of a run -> [mean, std], or why there is none; "" where none is expected"""
+def number(runs, place):
+    """place: "RUN/METRIC", or "RUN": its mAP -> cell: [mean, std], or why there is none; "" where none is expected"""
+    name, _, metric = place.partition("/")
     run = runs.get(name, {"numbers": {}})
     if "reason" in run:
         return textwrap.shorten(run["reason"], 80, placeholder=" ...")
-    if metric not in run["numbers"]:
-        return ""
-    return run["numbers"][metric] or "undefined"
+    cell = run["numbers"].get(metric or "mAP", "")
+    if cell is None:
+        return "undefined"
+    return cell
 
 
 def grid(runs, method, kinds, columns):
-    """A row for every dataset and kind of run. kinds: {end of a run's name: words}; columns: (more of the name, metric)
-    -> rows"""
+    """A row for every dataset and kind of run -> rows. kinds: {end of a run's name: words}; columns: ends of places"""
     rows = []
     for dataset in SETS:
         for suffix, words in kinds.items():
@@ -184,51 +187,47 @@ def grid(runs, method, kinds, columns):
             label = dataset + words
             if "trained on" in runs.get(name, ()):
                 label += f" ({runs[name]['trained on']})"
-            rows.append([label, *(number(runs, name + more, metric) for more, metric in columns)])
+            rows.append([label, *(number(runs, name + end) for end in columns)])
     return rows
 
 
 def rp_main(runs):
-    columns = {"zero-shot": ("", "zero-shot mAP"), "linear probe of the texts": ("", "linear probe mAP"),
-               "no noise": (NO_NOISE, "mAP"), "noise 0.15": ("", "mAP"),
-               "noise 0.15, interpolated AP": ("", "mAP, interpolated")}
+    columns = {"zero-shot": "/zero-shot mAP", "linear probe of the texts": "/linear probe mAP", "no noise": NO_NOISE,
+               "noise 0.15": "", "noise 0.15, interpolated AP": "/mAP, interpolated"}
     rows = grid(runs, "rp", {"": "", "-llm": ", sentences of a language model"}, columns.values())
     return Table("RP: an adapter that learnt from texts alone, mAP on photos", columns, rows,
                  'Zero-shot: the cosine with "a photo of a {name}.".')
 
 
 def rp_baselines(runs):
-    rows = [[name, number(runs, "baselines", name)] for name in runs.get("baselines", {}).get("numbers", ())]
+    rows = [[name, number(runs, f"baselines/{name}")] for name in runs.get("baselines", {}).get("numbers", ())]
     if rows:
-        rows.append(["RP, no noise", number(runs, "rp-features" + NO_NOISE)])
-        rows.append(["RP, noise 0.15, drawn anew in every step", number(runs, "rp-features")])
+        rows += [["RP, no noise", number(runs, "rp-features" + NO_NOISE)],
+                 ["RP, noise 0.15, drawn anew in every step", number(runs, "rp-features")]]
     return Table("What one would try first, on the same texts and photos (features), mAP", ["mAP"], rows)
 
 
 def rp_noise(runs):
-    columns = [(suffix, "mAP") for suffix in STRENGTHS.values()]
-    rows = grid(runs, "rp", {"": ", raw", "-unit": ", unit length"}, columns)
+    rows = grid(runs, "rp", {"": ", raw", "-unit": ", unit length"}, STRENGTHS.values())
     return Table("RP: strength of the noise, times the mean text norm, mAP", STRENGTHS, rows)
 
 
 def rp_law(runs):
-    columns = [(suffix, "mAP") for suffix in ("", "-uniform", "-sphere", NO_NOISE)]
-    return Table("RP: law of the noise, mAP", ["gaussian", "uniform", "sphere", "none"],
-                 grid(runs, "rp", {"": ""}, columns))
+    columns = {"gaussian": "", "uniform": "-uniform", "sphere": "-sphere", "none": NO_NOISE}
+    return Table("RP: law of the noise, mAP", columns, grid(runs, "rp", {"": ""}, columns.values()))
 
 
 def rp_texts(runs):
     suffixes = [f"-{count}-texts" for count in TEXT_COUNTS]
     suffixes.append("")
     rows = []
-    for words, noise, metric in (("", "", "mAP"), (", no noise", NO_NOISE, "mAP"),
-                                 (", linear probe", "", "linear probe mAP")):
-        rows += grid(runs, "rp", {"": words}, [(suffix + noise, metric) for suffix in suffixes])
+    for words, end in (("", ""), (", no noise", NO_NOISE), (", linear probe", "/linear probe mAP")):
+        rows += grid(runs, "rp", {"": words}, [suffix + end for suffix in suffixes])
     return Table("RP: number of texts, as many steps for each, mAP", [*TEXT_COUNTS, "all"], rows)
 
 
 def rp_cost(runs):
-    rows = [[title, *(number(runs, "rp-cost", f"{title}, C={count}") for count in LABEL_COUNTS)] for title in COSTS]
+    rows = [[title, *(number(runs, f"rp-cost/{title}, C={count}") for count in LABEL_COUNTS)] for title in COSTS]
     return Table("RP: cost of a training step against the number of labels", LABEL_COUNTS, rows,
                  "Prompt tuning in TaI-DPT's form, through ViT-B-32's text encoder, on the CPU; the same batch of 512 "
                  "and the same loss.")
@@ -237,7 +236,7 @@ def rp_cost(runs):
 def sspa_main(runs):
     titles = ["zero-shot mAP", "linear probe mAP", *METRICS]
     kinds = {"": ", image tower frozen", "-short": ", image tower frozen", "-tuned": ", image tower tuned"}
-    return Table("SSPA: the full method", titles, grid(runs, "sspa", kinds, [("", title) for title in titles]))
+    return Table("SSPA: the full method", titles, grid(runs, "sspa", kinds, [f"/{title}" for title in titles]))
 
 
 def sspa_photos(runs):
@@ -246,7 +245,7 @@ def sspa_photos(runs):
     rows = []
     for label, metric in (("SSPA, image tower frozen", "mAP"),
                           ("linear probe of the same features", "linear probe mAP"), ("zero-shot", "zero-shot mAP")):
-        rows.append([label, *(number(runs, name, metric) for name in names)])
+        rows.append([label, *(number(runs, f"{name}/{metric}") for name in names)])
     return Table("SSPA: number of labelled photos, scenes, mAP", PHOTO_COUNTS, rows)
 
 
@@ -267,7 +266,7 @@ def sspa_ablations(runs):
             gain = ""
             if ablation and isinstance(own, list) and isinstance(full, list):
                 gain = f"{own[0] - full[0]:+.2f}"
-            row += [own, gain, *(number(runs, f"maps-{name}{ablation}", map_) for map_ in MAPS[1:3])]
+            row += [own, gain, *(number(runs, f"maps-{name}{ablation}/{map_}") for map_ in MAPS[1:3])]
     return Table("SSPA: what each part is worth", columns, rows)
 
 
@@ -278,7 +277,7 @@ def sspa_maps(runs):
              "scenes-tuned-short": "SSPA: tuned, 1,000, 8", "scenes-tuned-short--no-gate": "no gate: tuned, 1,000, 8"}
     rows = []
     for name, words in kinds.items():
-        rows.append([words, number(runs, f"sspa-{name}"), *(number(runs, f"maps-{name}", map_) for map_ in MAPS)])
+        rows.append([words, number(runs, f"sspa-{name}"), *(number(runs, f"maps-{name}/{map_}") for map_ in MAPS)])
     return Table("SSPA: where its maps point, scenes, hits of the pointing game", ["mAP", *MAPS], rows)
 
 
@@ -287,23 +286,23 @@ def unseen(runs):
     rows = []
     for name, words in (("rp-scenes", "RP, scenes"), ("rp-features", "RP, features"), ("sspa-scenes", "SSPA, scenes")):
         for third in range(3):
-            cells = [number(runs, f"{name}-unseen-{third}", title) for title in titles]
+            cells = [number(runs, f"{name}-unseen-{third}/{title}") for title in titles]
             rows.append([f"{words}, without third {third + 1}", *cells])
     return Table("Labels that training never saw, mAP", titles, rows)
 
 
-def published(runs, papers):
+def published(runs):
     """What somebody has read, ours among it; by dataset and metric, the smallest number first."""
-    rows = [[cell[key] for key in PUBLISHED] for cell in papers]
+    rows = read_papers(PAPERS)
+    unread = {"RP", "SSPA"} - {row[3] for row in rows}
+    note = " ".join(f"The own numbers of {method}'s paper were not at hand." for method in sorted(unread))
     for dataset, metric in {(row[0], row[1]) for row in rows}:
         for method, name in (("RP, ours", f"rp-{dataset}"), ("SSPA, ours", f"sspa-{dataset}"),
                              ("SSPA, ours", f"sspa-{dataset}-tuned")):
-            own = number(runs, name, metric)
+            own = number(runs, f"{name}/{metric}")
             if isinstance(own, list):
                 rows.append([dataset, metric, round(own[0], 2), method, "", f"run {name}", ""])
-    rows.sort(key=lambda row: (SETS.index(row[0]), row[1], row[2]))
-    unread = {"RP", "SSPA"} - {cell["method"] for cell in papers}
-    note = " ".join(f"The own numbers of {method}'s paper were not at hand." for method in sorted(unread))
+    rows.sort(key=lambda row: (SETS.index(row[0]), *row[1:3]))
     return Table("Published numbers, for orientation", PUBLISHED[1:], rows, note)
 
 
@@ -320,15 +319,15 @@ def behind(runs):
     return Table("Behind the numbers", ["command", "tested on", "commit, + changes", "on", "minutes"], rows.values())
 
 
-def tables_of(runs, papers):
-    """runs: what look gives; papers: what read_papers gives -> {name: Table}, without rows that have nothing to say"""
+def tables_of(runs):
+    """runs: what look gives -> {name: Table}, without rows that have nothing to say"""
     tables = {}
     for make in (rp_main, rp_baselines, rp_noise, rp_law, rp_texts, rp_cost, sspa_main, sspa_photos, sspa_ablations,
-                 sspa_maps, unseen):
-        tables[make.__name__.replace("_", "-")] = make(runs)
-    tables |= {"published": published(runs, papers), "runs": behind(runs)}
-    for name, table in tables.items():
-        tables[name] = table._replace(rows=[row for row in table.rows if any(row[1:])])
+                 sspa_maps, unseen, published):
+        table = make(runs)
+        rows = [row for row in table.rows if any(row[1:])]
+        tables[make.__name__.replace("_", "-")] = table._replace(rows=rows)
+    tables["runs"] = behind(runs)
     return tables
 
 
@@ -375,20 +374,20 @@ def draw(table, path):
     for label, *cells in table.rows:
         points = [(x, *cell) for x, cell in zip(places, cells, strict=False) if isinstance(cell, list)]
         axes.errorbar(*np.array(points, float).T, marker="o", markersize=4, capsize=2, label=label)
-    if min(places) > 0:
+    if 0 not in places:
         axes.set_xscale("log")
     axes.set(title=table.title, xticks=places, xticklabels=places)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path, metadata={"Description": markdown(table)}, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
 
 
-def write_docs(runs, papers):
+def write_docs(folder):
     """Finished runs join those in the record, which is shown in docs/results.md and the pictures."""
     record = data.read_json(RECORD, "record of runs")
-    record |= {name: run for name, run in runs.items() if "numbers" in run}
-    tables = tables_of(record, papers)
+    record |= {name: run for name, run in look(folder).items() if "numbers" in run}
+    tables = tables_of(record)
     data.write_atomically(DOCS, filled_in(data.read_text(DOCS, "page"), tables))
     data.write_json(RECORD, record)
     if find_spec("matplotlib"):
@@ -396,9 +395,12 @@ def write_docs(runs, papers):
             draw(tables[name], ASSETS / f"tables/{name}.png")
 
 
-def write_results(runs, papers, path):
+def write_results(folder, path):
+    runs = look(folder)
+    if not runs:
+        raise UsageError(f"{folder}: no run is there; bash run_all.sh makes them")
     parts = ["# Tables\n\nMade by `bash run_all.sh`. Percent; mean ± sample standard deviation over seeds.\n"]
-    parts += [markdown(table) for table in tables_of(runs, papers).values() if table.rows]
+    parts += [markdown(table) for table in tables_of(runs).values() if table.rows]
     data.write_atomically(path, "\n".join(parts))
     finished = sum("numbers" in run for run in runs.values())
     print(f"{path}: {finished} of {len(runs)} runs are finished")
@@ -410,9 +412,10 @@ def demo_row(label, learnt_from, result, metric="mAP"):
     numbers = read_run(result)["numbers"]
     line = f"{label:<28}{learnt_from:<28}{numbers[metric][0]:8.2f}"
     if metric == "mAP":
+        _, std = numbers["mAP"]
         deviation = " " * 6
-        if len(result["seeds"]) > 1:
-            deviation = f" ±{numbers['mAP'][1]:4.2f}"
+        if std is not None:
+            deviation = f" ±{std:4.2f}"
         line += f"{deviation}{numbers['CF1'][0]:8.1f}{numbers['OF1'][0]:8.1f}"
     print(line)
 
@@ -446,15 +449,10 @@ def main(words):
     options = parser.parse_args(words)
     if options.demo:
         demo(options.demo)
-        return
-    runs = look(options.runs)
-    papers = read_papers(ASSETS / "paper_numbers.json")
-    if options.docs:
-        write_docs(runs, papers)
-    elif runs:
-        write_results(runs, papers, options.results)
+    elif options.docs:
+        write_docs(options.runs)
     else:
-        raise UsageError(f"{options.runs}: no run is there; bash run_all.sh makes them")
+        write_results(options.runs, options.results)
 
 
 if __name__ == "__main__":
