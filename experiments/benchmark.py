@@ -196,11 +196,12 @@ def asymmetric_loss(bench):
         logits = features(BATCH, classes, scale=3.0)
         _, labels = texts_and_labels(classes)
         targets = labels[:BATCH]
-        fused = gradient_step(sspa.asymmetric_loss_fused, (logits, targets, 4.0), [logits])
-        plain = gradient_step(sspa.asymmetric_loss_reference, (logits, targets, 4.0), [logits])
+        inputs = (logits, targets, 4.0)
+        bench.gradients("asymmetric loss", shape, sspa.asymmetric_loss_reference, sspa.asymmetric_loss_fused, inputs,
+                        [logits])
         theirs = gradient_step(others_loss, (logits, targets.float()), [logits])
-        bench.compare("asymmetric loss", shape, plain, fused)
-        bench.compare("asymmetric loss, others'", shape, theirs, fused)
+        ours = gradient_step(sspa.asymmetric_loss_fused, inputs, [logits])
+        bench.compare("asymmetric loss, others'", shape, theirs, ours)
 
 
 def prompt_tuning(bench):
@@ -211,11 +212,12 @@ def prompt_tuning(bench):
         texts, labels = texts_and_labels(classes)
         places = " ".join(["X"] * 16)
         tokens = clip.tokenizer([f"{places} thing number {number}." for number in range(classes)])
-        step = prompt_step(clip.model, tokens, F.normalize(texts[:BATCH], dim=-1), labels[:BATCH])
+        step = prompt_step(clip.model, tokens, texts[:BATCH], labels[:BATCH])
         bench.compare("prompt tuning", f"C={classes}", step, fused_script(texts, labels))
 
 
 def prompt_step(model, tokens, texts, labels):
+    texts = 20 * F.normalize(texts, dim=-1)
     context = features(1, 16, WIDTH, scale=0.02)
     optimiser = torch.optim.AdamW([context], lr=1e-3)
 
@@ -224,7 +226,7 @@ def prompt_step(model, tokens, texts, labels):
         for chunk, targets in zip(tokens.split(20), labels.split(20, dim=1), strict=True):
             prompts = F.normalize(sspa.encode_prompts_reference(model, context, chunk)[0], dim=-1)
             # the loss adds up over labels, so the gradient of a chunk needs no other chunk
-            sspa.asymmetric_loss_fused(20 * texts @ prompts.T, targets, 4.0).backward()
+            sspa.asymmetric_loss_fused(texts @ prompts.T, targets, 4.0).backward()
         optimiser.step()
     return step
 
@@ -244,11 +246,10 @@ def coco_labels(clip, count):
 def prompt_encoding(bench):
     """Two prompt sets of forty of COCO's names. Start and context are computed once, each label's own positions."""
     classes = 2 if bench.quick else 40
-    model = random_clip().model
+    clip = random_clip()
     contexts = features(2, 4, WIDTH, scale=0.02)
-    tokens = coco_labels(random_clip(), classes).tokens
     bench.gradients("prompt encoding", f"C={classes}, 2 sets", sspa.encode_prompts_reference, sspa.encode_prompts_fused,
-                    (model, contexts, tokens), [contexts])
+                    (clip.model, contexts, coco_labels(clip, classes).tokens), [contexts])
 
 
 def quaternion_layer(bench):
@@ -276,8 +277,8 @@ def gated_alignment(bench):
             return attend(T, X, v_to_s)[0], attend(X, T, s_to_v)[0]
         return both
     for B, C, M in bench.some(((8, 20, 784), (8, 80, 784), (32, 20, 196), (32, 80, 196), (32, 80, 49), (4, 1000, 196))):
-        T = F.normalize(features(B, C, WIDTH, learn=False), dim=-1).requires_grad_()
-        X = F.normalize(features(B, M, WIDTH, learn=False), dim=-1)
+        T = features(B, C, WIDTH, scale=WIDTH ** -0.5)
+        X = features(B, M, WIDTH, scale=WIDTH ** -0.5, learn=False)
         bench.gradients("gated alignment", f"B={B} C={C} M={M}", align(sspa.gated_attention_reference),
                         align(sspa.gated_attention_fused), (T, X), [T, *v_to_s.parameters(), *s_to_v.parameters()])
 

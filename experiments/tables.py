@@ -259,9 +259,9 @@ def sspa_ablations(runs):
     for name, words in settings.items():
         if not any(run.startswith(f"sspa-{name}--") for run in runs):
             continue
-        columns += [f"{words}: mAP", "against the full method", *(f"hits of {map_}" for map_ in MAPS[1:3])]
+        columns += [f"{words}: mAP", "against the full method", f"hits of {MAPS[1]}", f"hits of {MAPS[2]}"]
         full = number(runs, f"sspa-{name}")
-        for ablation, row in zip(ABLATIONS, rows, strict=True):
+        for row, ablation in zip(rows, ABLATIONS, strict=True):
             own = number(runs, f"sspa-{name}{ablation}")
             gain = ""
             if ablation and isinstance(own, list) and isinstance(full, list):
@@ -378,7 +378,6 @@ def draw(table, path):
         axes.set_xscale("log")
     axes.set(title=table.title, xticks=places, xticklabels=places)
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
     figure.savefig(path, bbox_inches="tight")
 
@@ -442,10 +441,10 @@ def demo(folder):
 
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default="runs/tables", metavar="DIR")
-    parser.add_argument("--results", type=Path, default="results/tables.md", metavar="FILE")
+    parser.add_argument("--runs", type=Path, default="runs/tables")
+    parser.add_argument("--results", type=Path, default="results/tables.md")
     parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--demo", type=Path, metavar="DIR")
+    parser.add_argument("--demo", type=Path)
     options = parser.parse_args(words)
     if options.demo:
         demo(options.demo)
