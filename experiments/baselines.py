@@ -51,10 +51,10 @@ FITS = (("logistic regression, C=1", logistic_regression, 1), ("logistic regress
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", required=True, metavar="FILE")
+    parser.add_argument("--features", required=True)
     parser.add_argument("--noise-std", type=float, default=0.15)
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path("runs/baselines"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("runs/baselines"))
     options = parser.parse_args(argv)
     began = time.time()
     warnings.filterwarnings("ignore", "Stochastic Optimizer")  # that it could go on learning

@@ -394,7 +394,7 @@ TABLES = {"rp": (adapter_step, asymmetric_loss, prompt_tuning), "cost": (prompt_
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("method", choices=TABLES)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="a small shape of each, once: shows that it runs, no more")
     args = parser.parse_args()
     if args.method == "gpu" and not torch.cuda.is_available():

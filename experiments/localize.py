@@ -251,8 +251,8 @@ def printed(models):
 
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path)
     own, words = parser.parse_known_args(argv)
     began = time.time()
     config = run.parse(sspa.Config, words, "", "")

@@ -296,12 +296,12 @@ def published(runs):
     rows = read_papers(PAPERS)
     unread = {"RP", "SSPA"} - {row[3] for row in rows}
     note = " ".join(f"The own numbers of {method}'s paper were not at hand." for method in sorted(unread))
-    for dataset, metric in {(row[0], row[1]) for row in rows}:
-        for method, name in (("RP, ours", f"rp-{dataset}"), ("SSPA, ours", f"sspa-{dataset}"),
-                             ("SSPA, ours", f"sspa-{dataset}-tuned")):
+    for dataset, metric in {tuple(row[:2]) for row in rows}:
+        for name in (f"rp-{dataset}", f"sspa-{dataset}", f"sspa-{dataset}-tuned"):
             own = number(runs, f"{name}/{metric}")
             if isinstance(own, list):
-                rows.append([dataset, metric, round(own[0], 2), method, "", f"run {name}", ""])
+                method = name.split("-")[0].upper()
+                rows.append([dataset, metric, round(own[0], 2), f"{method}, ours", "", f"run {name}", ""])
     rows.sort(key=lambda row: (SETS.index(row[0]), *row[1:3]))
     return Table("Published numbers, for orientation", PUBLISHED[1:], rows, note)
 
