@@ -7,8 +7,8 @@
     python experiments/benchmark.py gpu --output D       the same, and training steps, on a GPU; refuses without one
 
 Prints a table a path and writes D/benchmark.json. A row: milliseconds (median over rounds), their ratio (above 1: the
-fused path is faster), peak extra memory (parameters and optimiser state not counted), multiplications counted from the
-shapes. CLIP's weights are random: times do not depend on them.
+fused path is faster), peak extra memory (parameters and optimiser state not counted), multiplications of the matrix
+products, counted from their shapes by PyTorch. CLIP's weights are random: times do not depend on them.
 """
 import argparse
 import functools
@@ -253,7 +253,8 @@ def prompt_encoding(bench):
 
 
 def quaternion_layer(bench):
-    """The first layer of QSM. A multiplies every component by all four weights where it stands; B by all at once."""
+    """The first layer of QSM. One varies: only T_ca differs from image to image and from label to label, as in SSPA. B
+    multiplies each component by the four weights at once, where it varies."""
     B, C = (8, 20) if bench.quick else (64, 80)
     weights = [features(WIDTH, WIDTH, scale=0.03) for _ in range(4)]
     weights.append(torch.zeros(4 * WIDTH, requires_grad=True))
