@@ -7,8 +7,8 @@
     python experiments/benchmark.py gpu --output D       the same, and training steps, on a GPU; refuses without one
 
 Prints a table a path and writes D/benchmark.json. A row: milliseconds (median over rounds), their ratio (above 1: the
-fused path is faster), peak extra memory (parameters and optimiser state not counted), multiplications counted from the
-shapes. CLIP's weights are random: times do not depend on them.
+fused path is faster), peak extra memory (parameters and optimiser state not counted), multiplications of the matrix
+products, counted from their shapes by PyTorch. CLIP's weights are random: times do not depend on them.
 """
 import argparse
 import functools
@@ -16,7 +16,6 @@ import inspect
 import itertools
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -45,6 +45,10 @@ TEXTS = 4096   # training texts
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
+for packet in ("addmm", "baddbmm"):  # in place they are products too, which the counter does not know
+    flop_registry[getattr(torch.ops.aten, f"{packet}_")] = flop_registry[getattr(torch.ops.aten, packet)]
+
+
 def timed(function, calls=1):
     """Seconds a call"""
     began = time.perf_counter()
@@ -58,42 +62,38 @@ def interleave(functions, quick):
     rounds = [[timed(function) for function in functions]]
     if not quick:
         calls = max(1, round(0.05 / min(rounds[0])))
-        count = 9 if calls * sum(rounds[0]) < 1 else 3
+        count = 9 if calls * sum(rounds[0]) < 1 else 2
         rounds = [[timed(function, calls) for function in functions] for _ in range(count)]
-    return [1000 * statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+    return 1000 * np.median(rounds, 0)
 
 
-def peak_extra_mib(function):
-    """Highest sum of what the allocator handed out and had not got back during a call, MiB"""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+def cost(function):
+    """-> highest sum of what the allocator handed out and had not got back during a call, MiB; multiplications of the
+    call's matrix products, by their shapes (attention in one operation is not counted)"""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                         profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     held = np.cumsum([event.nbytes() for event in events])
-    return float(held.max(initial=0)) / 2 ** 20
-
-
-def matmul_peak():
-    """Multiply-adds a second of the machine's own float32 matrix product, best of several"""
-    square = torch.randn(2048, 2048)
-    return 2048 ** 3 / min(timed(functools.partial(torch.mm, square, square)) for _ in range(9))
+    return float(held.max(initial=0)) / 2 ** 20, counter.get_total_flops() / 2
 
 
 def features(*shape, learn=True, scale=1.0):
     return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).requires_grad_(learn)
 
 
-def gradient_step(function, inputs, above):
-    """-> () -> the gradients of all inputs that need one, given those above"""
-    needed = [tensor for tensor in inputs if isinstance(tensor, torch.Tensor) and tensor.requires_grad]
-
+def gradient_step(function, inputs, needed):
+    """-> () -> the gradients of the needed tensors; the one above is the output itself, a number like any other"""
     def step():
-        return torch.autograd.grad(function(*inputs), needed, above)
+        output = function(*inputs)
+        return torch.autograd.grad(output, needed, output)
     return step
 
 
 class Bench:
-    """Measures rows, prints them as a table a path, keeps them for benchmark.json."""
+    """Measures rows, prints them, keeps them for benchmark.json."""
 
     def __init__(self, quick):
         self.quick = quick
@@ -103,20 +103,21 @@ class Bench:
         """All shapes; the first with --quick"""
         return shapes[:1] if self.quick else shapes
 
-    def compare(self, path, shape, reference, fused, multiplications=(0, 0)):
-        """Measures one row. reference, fused: () -> anything; multiplications: of both."""
-        mib = [peak_extra_mib(function) for function in (reference, fused)]  # which warms up, too
+    def gradients(self, path, shape, reference, fused, inputs, needed):
+        """Measures one row: output and the needed gradients of both functions"""
+        self.compare(path, shape, gradient_step(reference, inputs, needed), gradient_step(fused, inputs, needed))
+
+    def compare(self, path, shape, reference, fused):
+        """Measures one row. reference, fused: () -> anything"""
+        reference_mib, reference_products = cost(reference)  # which warms up, too
+        fused_mib, fused_products = cost(fused)
         reference_ms, fused_ms = interleave([reference, fused], self.quick)
         self.add({"path": path, "shape": shape, "reference_ms": reference_ms, "fused_ms": fused_ms,
-                  "ratio": reference_ms / fused_ms, "reference_mib": mib[0], "fused_mib": mib[1],
-                  "multiplications_reference": multiplications[0], "multiplications_fused": multiplications[1]})
+                  "ratio": reference_ms / fused_ms, "reference_mib": reference_mib, "fused_mib": fused_mib,
+                  "multiplications_reference": reference_products, "multiplications_fused": fused_products})
 
     def add(self, row):
         path, shape, *numbers = row.values()
-        if path not in [earlier["path"] for earlier in self.rows]:
-            titles = [name.replace("multiplications", "x").replace("reference", "A").replace("fused", "B")
-                      for name in row]
-            print(" " * 54 + "".join(f"{title:>12}" for title in titles[2:]))
         print(f"{path:<24}{shape:<30}" + "".join(f"{number:>12.4g}" for number in numbers), flush=True)
         self.rows.append(row)
 
@@ -167,19 +168,12 @@ def fused_script(embeddings, labels):
     return step
 
 
-def step_multiplications(classes):
-    """Forward, gradient of the weights, gradient of the hidden features; the embeddings need none."""
-    return BATCH * (2 * WIDTH * HIDDEN + 3 * HIDDEN * classes)
-
-
 def adapter_step(bench):
     """A: a plain script (DataLoader, readable loss, unfused AdamW); B: the step of adapter_rp.train. Both do the same
     products; with few labels these, noise and optimiser are nearly all, so little is left to gain."""
     for classes in bench.some((20, 80, 1000, 10000)):
-        embeddings, labels = texts_and_labels(classes)
-        count = step_multiplications(classes)
-        bench.compare("adapter step", f"C={classes}", plain_script(embeddings, labels),
-                      fused_script(embeddings, labels), (count, count))
+        texts = texts_and_labels(classes)
+        bench.compare("adapter step", f"C={classes}", plain_script(*texts), fused_script(*texts))
 
 
 def others_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
@@ -197,15 +191,17 @@ def others_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
 def asymmetric_loss(bench):
     """Forward and gradient, elementwise: sspa's twin; then A is AsymmetricLossOptimized's formula. With 20 labels a
     call of PyTorch costs more than what it does."""
-    one = torch.tensor(1.0)
     for classes in bench.some((20, 80, 1000, 10000)):
+        shape = f"B={BATCH} C={classes}"
         logits = features(BATCH, classes, scale=3.0)
-        targets = texts_and_labels(classes)[1][:BATCH]
-        fused = gradient_step(sspa.asymmetric_loss_fused, (logits, targets, 4.0), one)
-        plain = gradient_step(sspa.asymmetric_loss_reference, (logits, targets, 4.0), one)
-        bench.compare("asymmetric loss", f"B={BATCH} C={classes}", plain, fused)
-        theirs = gradient_step(others_loss, (logits, targets.float()), one)
-        bench.compare("asymmetric loss, others'", f"B={BATCH} C={classes}", theirs, fused)
+        _, labels = texts_and_labels(classes)
+        targets = labels[:BATCH]
+        inputs = (logits, targets, 4.0)
+        bench.gradients("asymmetric loss", shape, sspa.asymmetric_loss_reference, sspa.asymmetric_loss_fused, inputs,
+                        [logits])
+        theirs = gradient_step(others_loss, (logits, targets.float()), [logits])
+        ours = gradient_step(sspa.asymmetric_loss_fused, inputs, [logits])
+        bench.compare("asymmetric loss, others'", shape, theirs, ours)
 
 
 def prompt_tuning(bench):
@@ -216,13 +212,12 @@ def prompt_tuning(bench):
         texts, labels = texts_and_labels(classes)
         places = " ".join(["X"] * 16)
         tokens = clip.tokenizer([f"{places} thing number {number}." for number in range(classes)])
-        step = prompt_step(clip.model, tokens, F.normalize(texts[:BATCH], dim=-1), labels[:BATCH])
-        count = 2 * classes * (WIDTH ** 2 + BATCH * WIDTH) + text_multiplications(classes * 77, classes * 77 ** 2)
-        bench.compare("prompt tuning", f"C={classes}", step, fused_script(texts, labels),
-                      (count, step_multiplications(classes)))
+        step = prompt_step(clip.model, tokens, texts[:BATCH], labels[:BATCH])
+        bench.compare("prompt tuning", f"C={classes}", step, fused_script(texts, labels))
 
 
 def prompt_step(model, tokens, texts, labels):
+    texts = 20 * F.normalize(texts, dim=-1)
     context = features(1, 16, WIDTH, scale=0.02)
     optimiser = torch.optim.AdamW([context], lr=1e-3)
 
@@ -231,7 +226,7 @@ def prompt_step(model, tokens, texts, labels):
         for chunk, targets in zip(tokens.split(20), labels.split(20, dim=1), strict=True):
             prompts = F.normalize(sspa.encode_prompts_reference(model, context, chunk)[0], dim=-1)
             # the loss adds up over labels, so the gradient of a chunk needs no other chunk
-            sspa.asymmetric_loss_fused(20 * texts @ prompts.T, targets, 4.0).backward()
+            sspa.asymmetric_loss_fused(texts @ prompts.T, targets, 4.0).backward()
         optimiser.step()
     return step
 
@@ -244,121 +239,92 @@ def random_clip():
 
 def coco_labels(clip, count):
     """The first of COCO's names as SSPA takes them -> sspa.Labels"""
-    names = data.label_names("coco2014")[:count]
-    return sspa.labels_of(sspa.Config(cache=None), clip, names, dict(zip(names, names, strict=True)))
-
-
-def text_multiplications(tokens, pairs):
-    """ViT-B-32's text tower, twelve layers, forward and gradient of its input: twelve d^2 a token and layer, two d for
-    each pair of positions that attend"""
-    return 2 * 12 * (12 * WIDTH ** 2 * tokens + 2 * WIDTH * pairs)
+    config = sspa.Config(cache=None, descriptions="none")
+    return sspa.labels_of(config, clip, data.label_names("coco2014")[:count])
 
 
 def prompt_encoding(bench):
     """Two prompt sets of forty of COCO's names. Start and context are computed once, each label's own positions."""
     classes = 2 if bench.quick else 40
-    tokens = coco_labels(random_clip(), classes).tokens
-    longest = int(tokens.argmax(-1).max()) + 1
-    own = classes * (longest - 5)
-    counts = (2 * text_multiplications(classes * 77, classes * 77 ** 2),
-              2 * text_multiplications(5 + own, 5 ** 2 + own * longest))
-    inputs = (random_clip().model, features(2, 4, WIDTH, scale=0.02), tokens)
-    above = torch.randn(2, classes, WIDTH)
-    bench.compare("prompt encoding", f"C={classes}, 2 sets, 77 -> {longest}",
-                  gradient_step(sspa.encode_prompts_reference, inputs, above),
-                  gradient_step(sspa.encode_prompts_fused, inputs, above), counts)
+    clip = random_clip()
+    contexts = features(2, 4, WIDTH, scale=0.02)
+    bench.gradients("prompt encoding", f"C={classes}, 2 sets", sspa.encode_prompts_reference, sspa.encode_prompts_fused,
+                    (clip.model, contexts, coco_labels(clip, classes).tokens), [contexts])
 
 
 def quaternion_layer(bench):
-    """The first layer of QSM. Multiplications of A: 16 d^2 for every image and label, three times (forward, two
-    gradients); of B: 4 d^2 for each component where it varies, the gradient of its input only where one is needed."""
+    """The first layer of QSM. One varies: only T_ca differs from image to image and from label to label, as in SSPA. B
+    multiplies each component by the four weights at once, where it varies."""
     B, C = (8, 20) if bench.quick else (64, 80)
     weights = [features(WIDTH, WIDTH, scale=0.03) for _ in range(4)]
     weights.append(torch.zeros(4 * WIDTH, requires_grad=True))
-    above = torch.randn(B, C, 4 * WIDTH)
     T_ka = features(C, WIDTH, learn=False)
     x0 = features(B, 1, WIDTH, learn=False)
-    every = [features(B, C, WIDTH) for _ in range(3)]
-
-    def layer(function):
-        def with_components(i, j, k, *weights):
-            return function((None, i, j, k), *weights)
-        return with_components
-    plain = layer(sspa.quaternion_linear_reference)
-    fused = layer(sspa.quaternion_linear_fused)
-    for which, components, rows in (("one varies", (T_ka, every[0], x0), 3 * B * C + 2 * C + 2 * B),
-                                    ("all vary", every, 9 * B * C)):
-        inputs = (*components, *weights)
-        bench.compare("quaternion layer 1", f"B={B} C={C} d={WIDTH}, {which}", gradient_step(plain, inputs, above),
-                      gradient_step(fused, inputs, above), (3 * 16 * WIDTH ** 2 * B * C, 4 * WIDTH ** 2 * rows))
+    vary = [features(B, C, WIDTH) for _ in range(3)]
+    for which, components, learnt in (("one varies", (T_ka, vary[0], x0), vary[:1]), ("all vary", vary, vary)):
+        bench.gradients("quaternion layer 1", f"B={B} C={C}, {which}", sspa.quaternion_linear_reference,
+                        sspa.quaternion_linear_fused, ((None, *components), *weights), [*learnt, *weights])
 
 
 def gated_alignment(bench):
-    """Both directions. Regions need no gradient here: the image tower is frozen. Multiplications of A: in each
-    direction three products for those who ask, two for those who are asked, two for their pairs; forward and two
-    gradients. B: all but the gate's own wait for the side with fewer rows."""
+    """Both directions. Regions need no gradient here: the image tower is frozen. In B all products but the gate's own
+    wait for the side with fewer rows."""
     draw = torch.Generator().manual_seed(0)
     v_to_s = sspa.GatedAttention(WIDTH, 10.0, True, "reference", draw)
     s_to_v = sspa.GatedAttention(WIDTH, 10.0, True, "reference", draw)
-    weights = [*v_to_s.parameters(), *s_to_v.parameters()]
 
     def align(attend):
-        def both(T, X, *weights):
+        def both(T, X):
             return attend(T, X, v_to_s)[0], attend(X, T, s_to_v)[0]
         return both
     for B, C, M in bench.some(((8, 20, 784), (8, 80, 784), (32, 20, 196), (32, 80, 196), (32, 80, 49), (4, 1000, 196))):
-        T = F.normalize(features(B, C, WIDTH, learn=False), dim=-1).requires_grad_()
-        X = F.normalize(features(B, M, WIDTH, learn=False), dim=-1)
-        few = min(C, M)
-        counts = (3 * B * (5 * (C + M) * WIDTH ** 2 + 4 * C * M * WIDTH),
-                  3 * B * ((8 * few + C + M) * WIDTH ** 2 + 5 * C * M * WIDTH))
-        inputs = (T, X, *weights)
-        above = (torch.randn_like(T), torch.randn_like(X))
-        bench.compare("gated alignment", f"B={B} C={C} M={M} d={WIDTH}",
-                      gradient_step(align(sspa.gated_attention_reference), inputs, above),
-                      gradient_step(align(sspa.gated_attention_fused), inputs, above), counts)
+        T = features(B, C, WIDTH, scale=WIDTH ** -0.5)
+        X = features(B, M, WIDTH, scale=WIDTH ** -0.5, learn=False)
+        bench.gradients("gated alignment", f"B={B} C={C} M={M}", align(sspa.gated_attention_reference),
+                        align(sspa.gated_attention_fused), (T, X), [T, *v_to_s.parameters(), *s_to_v.parameters()])
 
 
 def soft_aggregator(bench):
     """With all gradients; and in training: with the loss, loss and gradients in one pass."""
+    scale = torch.tensor(20.0, requires_grad=True)
+    bias = torch.tensor(-3.0, requires_grad=True)
     for B, C, M in bench.some(((32, 80, 196), (8, 80, 784), (32, 1000, 196), (8, 10000, 196))):
-        shape = f"B={B} C={C} M={M} d={WIDTH}"
-        count = 3 * B * C * M * WIDTH
-        inputs = features(B, C, WIDTH), features(B, M, WIDTH), 0.07, torch.tensor(20.0, requires_grad=True)
-        above = torch.randn(B, C)
-        bench.compare("soft aggregator", shape, gradient_step(sspa.soft_aggregate_reference, inputs, above),
-                      gradient_step(sspa.soft_aggregate_fused, inputs, above), (count, count))
+        shape = f"B={B} C={C} M={M}"
+        T = features(B, C, WIDTH)
+        X = features(B, M, WIDTH)
+        inputs = (T, X, 0.07, scale)
+        bench.gradients("soft aggregator", shape, sspa.soft_aggregate_reference, sspa.soft_aggregate_fused, inputs,
+                        [T, X, scale])
         targets = (torch.rand(B, C, generator=torch.Generator().manual_seed(0)) < 0.03).to(torch.int8)
-        inputs = (*inputs, torch.tensor(-3.0, requires_grad=True), targets)
-        above = torch.tensor(1.0)
-        bench.compare("soft aggregator + loss", shape,
-                      gradient_step(sspa.soft_aggregate_loss_reference, inputs, above),
-                      gradient_step(sspa.soft_aggregate_loss_fused, inputs, above), (count, count))
+        bench.gradients("soft aggregator + loss", shape, sspa.soft_aggregate_loss_reference,
+                        sspa.soft_aggregate_loss_fused, (*inputs, bias, targets), [T, X, scale, bias])
 
 
-def head_step(clip, labels, given, impl, prompts=None):
+def head_step(clip, B, C, M, impl, prompts=None):
     """All but the image tower: prompts, DSF, QSM, GDMA, aggregator, both losses -> a step"""
-    model = sspa.SSPA(sspa.Config(tune_image="none", impl=impl), clip.model, labels, 0).to(clip.device)
+    config = sspa.Config(tune_image="none", impl=impl)
+    model = sspa.SSPA(config, clip.model, coco_labels(clip, C), 0).to(clip.device)
+    x0 = features(B, WIDTH, learn=False).to(clip.device)
+    X = features(B, M, WIDTH, learn=False).to(clip.device)
+    targets = torch.rand(B, C, device=clip.device) < 0.04
 
     def step():
         model.zero_grad()
-        model(*given, prompts=prompts).backward()
-        return model.contexts.grad
+        model(x0, X, targets, prompts).backward()
+        return model.regional_bias.grad
     return step
 
 
 def head(bench):
     """All but the image tower. Without prompts: their features are given."""
     clip = random_clip()
-    for classes, which in bench.some(((2 if bench.quick else 40, "with prompts"), (80, "without"))):
-        B, M = (4, 49) if bench.quick else (32, 196)
-        labels = coco_labels(clip, classes)
-        given = (torch.randn(B, WIDTH), torch.randn(B, M, WIDTH), (torch.rand(B, classes) < 0.04).to(torch.int8))
-        prompts = None
-        if which == "without":
-            prompts = F.normalize(torch.randn(2, classes, WIDTH), dim=-1)
-        bench.compare("head", f"B={B} C={classes} M={M}, {which}", head_step(clip, labels, given, "reference", prompts),
-                      head_step(clip, labels, given, "fused", prompts))
+    given = F.normalize(torch.randn(2, 80, WIDTH), dim=-1)
+    shapes = [("with prompts", 32, 40, 196, None), ("without", 32, 80, 196, given)]
+    if bench.quick:
+        shapes = [("with prompts", 4, 2, 49, None)]
+    for which, B, C, M, prompts in shapes:
+        bench.compare("head", f"B={B} C={C} M={M}, {which}", head_step(clip, B, C, M, "reference", prompts),
+                      head_step(clip, B, C, M, "fused", prompts))
 
 
 # --- tagging, and a GPU -----------------------------------------------------------------------------------------------
@@ -384,7 +350,7 @@ def tagging(bench):
     """Whole commands on JPEGs of 500 x 375 pixels, ViT-B-32, random weights, batches of 64, as many threads and workers
     on both sides. A second of start-up is not a matter of photos: the rate is that of the photos beyond the first part.
     Bare: open_clip's model and transform in a DataLoader, nothing kept or written."""
-    few, many = (2, 4) if bench.quick else (64, 256)
+    few, many, rounds = (2, 4, 1) if bench.quick else (64, 256, 3)
     threads = str(torch.get_num_threads())
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(REPOSITORY)}
     call = functools.partial(subprocess.run, env=environment, check=True, capture_output=True)
@@ -392,38 +358,33 @@ def tagging(bench):
         photos = [Path(folder) / f"{number}.jpg" for number in range(many)]
         for number, photo in enumerate(photos):
             scenes.picture("test", number)[0].resize((500, 375)).save(photo, quality=90)
-        words = Path(folder) / "words.txt"
-        words.write_text("sun\nmoon\nboat\ncar\ncup")
-        call([sys.executable, REPOSITORY / "adapter_rp.py", "--output", folder, "--labels", words, "--backbone",
-              "ViT-B-32", "--pretrained", "none", "--text-count", "50", "--epochs", "1", "--cache="])
+        call([sys.executable, REPOSITORY / "adapter_rp.py", "--output", folder, "--backbone", "ViT-B-32",
+              "--pretrained", "none", "--text-count", "50", "--test-count", "9", "--epochs", "1", "--cache="])
         workers = str(min(16, os.cpu_count()))
         bare = [sys.executable, "-c", BARE, threads, workers]
         ours = [sys.executable, REPOSITORY / "tag.py", Path(folder) / "checkpoint.safetensors", "--stdout", "--quiet",
                 "--cache="]
-        seconds = []
-        for command, count in itertools.product((bare, ours), (few, many)):
-            one = functools.partial(call, [*command, *photos[:count]])
-            seconds.append(statistics.median(timed(one) for _ in range(1 if bench.quick else 3)))
-    bare_rate = (many - few) / (seconds[1] - seconds[0])
-    rate = (many - few) / (seconds[3] - seconds[2])
+        def measured(command):
+            """-> photos a second beyond the first, seconds of start-up"""
+            seconds = [timed(functools.partial(call, [*command, *photos[:count]]), rounds) for count in (few, many)]
+            rate = (many - few) / (seconds[1] - seconds[0])
+            return rate, seconds[0] - few / rate
+        bare_rate, bare_start = measured(bare)
+        rate, start = measured(ours)
     bench.add({"path": "tagging", "shape": f"{threads} threads, {workers} workers", "bare_photos_s": bare_rate,
-               "photos_s": rate, "times_bare": rate / bare_rate, "bare_start_s": seconds[0] - few / bare_rate,
-               "start_s": seconds[2] - few / rate})
+               "photos_s": rate, "times_bare": rate / bare_rate, "bare_start_s": bare_start, "start_s": start})
 
 
 def gpu(bench, device="cuda"):
     """The head in bf16 on a GPU, batch 64, 80 labels, forward and gradients, with prompts"""
     clip = embed.load_clip("ViT-B-32", "none", device, "bf16")
-    batch, classes = (2, 2) if bench.quick else (64, 80)
-    labels = coco_labels(clip, classes)
-    given = [torch.randn(batch, WIDTH), torch.randn(batch, 49, WIDTH), (torch.rand(batch, classes) < 0.04)]
-    given = [tensor.to(device) for tensor in given]
+    B, C = (2, 2) if bench.quick else (64, 80)
 
     def in_bf16(step):
-        with embed.autocast(torch.device(device), "bf16"):
-            return step().sum().item()  # waits for the GPU
-    steps = [functools.partial(in_bf16, head_step(clip, labels, given, impl)) for impl in ("reference", "fused")]
-    bench.compare("step", f"B={batch} C={classes} M=49, {device}", *steps)
+        with embed.autocast(clip.device, "bf16"):
+            return step().item()  # waits for the GPU
+    steps = [functools.partial(in_bf16, head_step(clip, B, C, 49, impl)) for impl in ("reference", "fused")]
+    bench.compare("step", f"B={B} C={C} M=49, {device}", *steps)
 
 
 TABLES = {"rp": (adapter_step, asymmetric_loss, prompt_tuning), "cost": (prompt_tuning,),
@@ -434,16 +395,18 @@ TABLES = {"rp": (adapter_step, asymmetric_loss, prompt_tuning), "cost": (prompt_
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("method", choices=TABLES)
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="a small shape of each, once: shows that it runs, no more")
     args = parser.parse_args()
     if args.method == "gpu" and not torch.cuda.is_available():
         parser.exit(2, "benchmark.py: PyTorch finds no GPU on this machine\n")
     torch.set_flush_denormal(True)  # as the methods do; without it steps at C >= 1,000 take ten times as long, A and B
     began = time.time()
-    peak = matmul_peak()
+    square = torch.randn(2048, 2048)
+    peak = 2048 ** 3 / min(timed(lambda: square @ square) for _ in range(9))
+    print(f"{peak / 1e9:.0f} G multiply-adds a second in a matrix product, {torch.get_num_threads()} threads\n"
+          "columns: path, shape; ms of A and B, A / B; MiB of A and B; multiplications of A and B")
     bench = Bench(args.quick)
-    print(f"{peak / 1e9:.0f} G multiply-adds a second in a matrix product, {torch.get_num_threads()} threads")
     for table in TABLES[args.method]:
         print(f"\n{inspect.getdoc(table)}")
         table(bench)

@@ -5,7 +5,7 @@
     python experiments/localize.py --checkpoint FILE --dataset coco2014 --data-root D --gpu 0 --output runs/maps
 
 Half a minute for 2,000 scenes on two cores. A folder of checkpoints (sspa.py --save-all) is averaged over seeds.
-Other words are options of sspa.py. DIR gets localize.json (also photos of median score) and a picture.
+Other words are options of sspa.py. DIR gets localize.json, which names photos of median score, too.
 
 Asked is for each present label with a clear box (VOC's difficult things and COCO's crowds are not) of which at least
 half is in the square that CLIP sees. Maps are compared at 64 x 64 points, upsampled bilinearly.
@@ -18,7 +18,6 @@ half is in the square that CLIP sees. Maps are compared at 64 x 64 points, upsam
 """
 import argparse
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -41,7 +40,7 @@ import embed
 import explain
 import metrics
 import sspa
-from data import UsageError, say
+from data import UsageError
 
 POINTS = 64            # a side of the square
 TOLERANCE = 15 / 224   # of the pointing game, in sides of the square
@@ -50,7 +49,6 @@ CHANCE = "chance (share of area)"
 CENTRE = "always the centre"
 ZERO_SHOT = "zero-shot cosine of regions"
 GRADIENT = "gradient x region"
-MAPS = (ZERO_SHOT, "DSF attention", "similarity after GDMA", "S-to-V attention", "V-to-S attention", GRADIENT)
 COLUMNS = ("pointing", "things", "small", "medium", "large", "pixel AP", "absent")  # of the printed table
 ABLATED = ("no_dsf", "fusion", "alignment", "no_gate", "aggregator", "branches", "descriptions")
 
@@ -85,10 +83,7 @@ def targets_of(boxes):
     for _, left, top, right, bottom, clear in boxes[np.argsort(boxes[:, 5])]:        # clear ones last
         across = np.maximum(left - at, at - right)
         down = np.maximum(top - at, at - bottom)
-        mark = 1
-        if not clear:
-            mark = -1
-        marks[np.ix_(down <= 0, across <= 0)] = mark
+        marks[np.ix_(down <= 0, across <= 0)] = 1 if clear else -1
         near |= np.hypot(across.clip(0)[None], down.clip(0)[:, None]) <= TOLERANCE
     return marks, near
 
@@ -113,8 +108,7 @@ def questions(photo, truth, names, row):
     if places is None:
         raise UsageError(f"photo {photo}: no boxes are known; use scenes, voc2007 or coco2014")
     boxes, kept = datasets.in_view(*places)
-    whole = places[0][kept]
-    pixels = (whole[:, 3] - whole[:, 1]) * (whole[:, 4] - whole[:, 2])
+    pixels = datasets.area(places[0][kept, 1:5])
     if isinstance(photo, tuple):
         boxes[:, 5] = 1  # what is hidden in a drawn scene is asked for, as it is labelled
     absent = np.flatnonzero(truth == 0)
@@ -171,10 +165,9 @@ def score(tagger, photos, names):
             rows += batch[places].tolist()
     if not asked:
         raise UsageError("no label of these photos has a box that CLIP sees")
-    found = {name: np.concatenate(found[name]) for name in (CHANCE, CENTRE, *MAPS) if name in found}
-    labels = np.array([label for label, *_ in asked])
-    pixels = np.array([pixels for *_, pixels in asked])
-    return found, labels, np.array(rows), pixels, cut
+    found = {name: np.concatenate(values) for name, values in found.items()}
+    labels, *_, pixels = zip(*asked, strict=True)
+    return found, np.array(labels), np.array(rows), np.array(pixels), cut
 
 
 def summary(values, labels, pixels):
@@ -199,11 +192,8 @@ def examples(found, rows, photos):
     ap_of_photo = {row: ap[rows == row].mean() for row in np.unique(rows)}
     ranked = sorted(ap_of_photo, key=ap_of_photo.get)
     missed = set(rows[shown[0][:, 0] < 0.5])
-    result = {}
-    for name, some in (("median", ranked), ("miss", [row for row in ranked if row in missed])):
-        if some:
-            result[name] = str(photos[some[len(some) // 2]])
-    return result
+    choices = {"median": ranked, "miss": [row for row in ranked if row in missed]}
+    return {name: str(photos[some[len(some) // 2]]) for name, some in choices.items() if some}
 
 
 # --- main -------------------------------------------------------------------------------------------------------------
@@ -259,24 +249,10 @@ def printed(models):
     print(f"seed {first['seed']}, photos of median score: {first['examples']}\n")
 
 
-def draw(models, path):
-    """Hits of each map, bars with one standard deviation over the seeds."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 4), dpi=110)
-    axes = figure.subplots()
-    for name in models[0]["maps"]:
-        mean, deviation = run.spread([model["maps"][name]["pointing"] for model in models])
-        axes.bar(name.replace(" ", "\n", 1), mean, yerr=deviation, capsize=4, color="C0")
-    axes.set(title=f"{models[0]['title']} on {models[0]['dataset']}, {len(models)} seeds",
-             ylabel="pointing game, percent")
-    axes.tick_params(axis="x", labelsize=7)
-    figure.savefig(path, bbox_inches="tight")
-
-
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--output", required=True, type=Path)
     own, words = parser.parse_known_args(argv)
     began = time.time()
     config = run.parse(sspa.Config, words, "", "")
@@ -288,10 +264,6 @@ def main(argv):
     data.write_json(own.output / "localize.json", {
         "command": shlex.join(["python", "experiments/localize.py", *argv]), "commit": run.commit(), "models": models,
         "device": platform.processor() or platform.machine(), "seconds": round(time.time() - began, 1)})
-    if find_spec("matplotlib"):
-        draw(models, own.output / "localize.png")
-    else:
-        say("pip install matplotlib for the picture")
 
 
 if __name__ == "__main__":

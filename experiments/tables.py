@@ -17,14 +17,18 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+import numpy as np
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 import data
-from data import UsageError, say
+from data import UsageError
+from run import exit_codes
 
 ASSETS = REPOSITORY / "assets"
-RECORD = REPOSITORY / "assets/tables.json"
+RECORD = ASSETS / "tables.json"
+PAPERS = ASSETS / "paper_numbers.json"
 DOCS = REPOSITORY / "docs/results.md"
 SETS = ("scenes", "features", *data.DATASETS[1:])
 NO_NOISE = "--noise-std-0"  # a run's name ends in the options that set it apart from the run before it
@@ -50,21 +54,11 @@ COSTS = ("prompt tuning, ms a step", "adapter, ms a step", "ratio of the times",
 PUBLISHED = ("dataset", "metric", "value", "method", "backbone", "source", "note")  # of a cell of paper_numbers.json
 
 
-class Number(NamedTuple):
-    mean: float
-    std: float | None  # None for a single value
-
-
-class Missing(str):
-    """Why there is no number; "" where none is expected."""
-
-
 class Table(NamedTuple):
     title: str
-    columns: list  # str
-    rows: list     # (label, cells); a cell is a Number, Missing or words
+    columns: list  # words or numbers
+    rows: list     # [label, cell, cell, ...]; a cell is [mean, std], words, a number, or "" where none is expected
     note: str = ""
-    x: tuple = ()  # where it is drawn, a curve for each row: the places of its first columns
 
 
 # --- what the runs left: facts, and "numbers": {metric: [mean, std] or None} ------------------------------------------
@@ -77,8 +71,9 @@ def summary(values):
     return [mean(values), stdev(values)]
 
 
-def facts_of(result):
-    return {name: result[name] for name in ("command", "commit", "device", "seconds")}
+def facts_of(result, tested_on, numbers):
+    facts = {name: result[name] for name in ("command", "commit", "device", "seconds")}
+    return {**facts, "tested on": tested_on, "numbers": numbers}
 
 
 def read_run(result):
@@ -102,8 +97,8 @@ def read_run(result):
     if result["method"] == "rp":
         trained = "{text_count:,} texts"
     tested = "{photo_count:,} photos, {label_count} labels, {backbone}; {policy}"
-    return {**facts_of(result), "seeds": result["seeds"], "trained on": trained.format(**result),
-            "tested on": tested.format(**result), "numbers": numbers}
+    facts = facts_of(result, tested.format(**result), numbers)
+    return {**facts, "seeds": result["seeds"], "trained on": trained.format(**result)}
 
 
 def read_benchmark(result):
@@ -125,16 +120,16 @@ def read_maps(result):
     numbers = {}
     for name in models[0]["maps"]:
         numbers[name] = summary([model["maps"][name]["pointing"] for model in models])
-    return {**facts_of(result), "tested on": "{asked:,} things in {photos:,} photos".format(**models[0]),
-            "numbers": numbers}
+    return facts_of(result, "{asked:,} things in {photos:,} photos".format(**models[0]), numbers)
 
 
 def read_baselines(result):
     """baselines.json: mAP of each baseline"""
     numbers = {}
-    for name in dict.fromkeys(one["name"] for one in result["runs"]):
-        numbers[name] = summary([one["mAP"] for one in result["runs"] if one["name"] == name])
-    return {**facts_of(result), "tested on": "{texts:,} texts, {photos:,} photos".format(**result), "numbers": numbers}
+    for one in result["runs"]:
+        numbers.setdefault(one["name"], []).append(one["mAP"])
+    numbers = {name: summary(values) for name, values in numbers.items()}
+    return facts_of(result, "{texts:,} texts, {photos:,} photos".format(**result), numbers)
 
 
 READERS = {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize.json": read_maps,
@@ -144,112 +139,104 @@ READERS = {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize
 def look(folder):
     """All that a folder of runs holds -> {run: what a reader gives, or {"reason": one line}}"""
     runs = {}
-    for path in folder.glob("*/*.json"):
-        if path.name not in READERS:
-            continue
-        try:
-            with data.reading(path, "run", "bash run_all.sh goes on with it"):
-                runs[path.parent.name] = READERS[path.name](json.loads(path.read_text("utf-8")))
-        except UsageError as error:
-            runs[path.parent.name] = {"reason": str(error)}
+    for name, read in READERS.items():
+        for path in folder.glob(f"*/{name}"):
+            try:
+                with data.reading(path, "run", "bash run_all.sh goes on with it"):
+                    runs[path.parent.name] = read(json.loads(path.read_text("utf-8")))
+            except UsageError as error:
+                runs[path.parent.name] = {"reason": str(error)}
     for path in folder.glob("*.reason"):
         reason = re.sub(r"^\S+\.py: ", "", data.read_text(path, "reason").strip())
-        runs[path.name.removesuffix(".reason")] = {"reason": reason or f"failed; see {path.with_suffix('.log')}"}
+        runs[path.stem] = {"reason": reason or f"failed; see {path.with_suffix('.log')}"}
     return dict(sorted(runs.items()))
 
 
 def read_papers(path):
-    """The flat list of numbers that somebody has read -> list of dicts. Raises UsageError for one without a source."""
-    with data.reading(path, "paper numbers", "mend that entry"):
-        cells = json.loads(path.read_text("utf-8"))
-        for entry, cell in enumerate(cells, 1):
-            if set(cell) != set(PUBLISHED) or not cell["source"].strip() or cell["dataset"] not in SETS:
-                raise ValueError(f"entry {entry} must have {', '.join(PUBLISHED)}; no empty source, no unknown dataset")
+    """The flat list of numbers that somebody has read -> rows. Raises UsageError for one without a source."""
+    rows = []
+    with data.reading(path, "paper numbers", f"an entry has {', '.join(PUBLISHED)}; mend it"):
+        for entry, cell in enumerate(json.loads(path.read_text("utf-8")), 1):
+            if not cell["source"].strip() or cell["dataset"] not in SETS:
+                raise ValueError(f"entry {entry} must have a source and a known dataset")
             if type(cell["value"]) not in (int, float) or not 1 <= cell["value"] <= 100:
                 raise ValueError(f"entry {entry} must be a number in percent (60.5, not 0.605)")
-    return cells
+            rows.append([cell[key] for key in PUBLISHED])
+    return rows
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-def number(runs, name, metric="mAP"):
-    """The cell of a run -> Number or Missing"""
-    run = runs.get(name, {"reason": ""})
+# --- tables; rows without anything are left out of them in the end ----------------------------------------------------
+def number(runs, place):
+    """place: "RUN/METRIC", or "RUN": its mAP -> cell: [mean, std], or why there is none; "" where none is expected"""
+    name, _, metric = place.partition("/")
+    run = runs.get(name, {"numbers": {}})
     if "reason" in run:
-        return Missing(run["reason"])
-    numbers = run["numbers"]
-    if numbers.get(metric):
-        return Number(*numbers[metric])
-    return Missing("undefined" if metric in numbers else "")
+        return textwrap.shorten(run["reason"], 80, placeholder=" ...")
+    cell = run["numbers"].get(metric or "mAP", "")
+    if cell is None:
+        return "undefined"
+    return cell
 
 
 def grid(runs, method, kinds, columns):
-    """A row for every dataset and kind of run. kinds: (label, suffix of the run's name); columns: (more of the suffix,
-    metric) -> rows; what run_all.sh does not list is left out"""
+    """A row for every dataset and kind of run -> rows. kinds: {end of a run's name: words}; columns: ends of places"""
     rows = []
     for dataset in SETS:
-        for label, suffix in kinds:
+        for suffix, words in kinds.items():
             name = f"{method}-{dataset}{suffix}"
-            cells = [number(runs, name + more, metric) for more, metric in columns]
-            trained = runs.get(name, {}).get("trained on")
-            label = dataset + label
-            if trained:
-                label += f" ({trained})"
-            if any(cells):
-                rows.append((label, cells))
+            label = dataset + words
+            if "trained on" in runs.get(name, ()):
+                label += f" ({runs[name]['trained on']})"
+            rows.append([label, *(number(runs, name + end) for end in columns)])
     return rows
 
 
 def rp_main(runs):
-    titles = ["zero-shot", "linear probe of the texts", "no noise", "noise 0.15", "noise 0.15, interpolated AP"]
-    columns = [("", "zero-shot mAP"), ("", "linear probe mAP"), (NO_NOISE, "mAP"), ("", "mAP"),
-               ("", "mAP, interpolated")]
-    rows = grid(runs, "rp", [("", ""), (", sentences of a language model", "-llm")], columns)
-    return Table("RP: an adapter that learnt from texts alone, mAP on photos", titles, rows,
+    columns = {"zero-shot": "/zero-shot mAP", "linear probe of the texts": "/linear probe mAP", "no noise": NO_NOISE,
+               "noise 0.15": "", "noise 0.15, interpolated AP": "/mAP, interpolated"}
+    rows = grid(runs, "rp", {"": "", "-llm": ", sentences of a language model"}, columns.values())
+    return Table("RP: an adapter that learnt from texts alone, mAP on photos", columns, rows,
                  'Zero-shot: the cosine with "a photo of a {name}.".')
 
 
 def rp_baselines(runs):
-    rows = [(name, [number(runs, "baselines", name)]) for name in runs.get("baselines", {}).get("numbers", ())]
+    rows = [[name, number(runs, f"baselines/{name}")] for name in runs.get("baselines", {}).get("numbers", ())]
     if rows:
-        rows.append(("RP, no noise", [number(runs, "rp-features" + NO_NOISE)]))
-        rows.append(("RP, noise 0.15, drawn anew in every step", [number(runs, "rp-features")]))
+        rows += [["RP, no noise", number(runs, "rp-features" + NO_NOISE)],
+                 ["RP, noise 0.15, drawn anew in every step", number(runs, "rp-features")]]
     return Table("What one would try first, on the same texts and photos (features), mAP", ["mAP"], rows)
 
 
 def rp_noise(runs):
-    columns = [(suffix, "mAP") for suffix in STRENGTHS.values()]
-    rows = grid(runs, "rp", [(", raw", ""), (", unit length", "-unit")], columns)
-    return Table("RP: strength of the noise, times the mean text norm, mAP", [f"{value:g}" for value in STRENGTHS],
-                 rows, x=tuple(STRENGTHS))
+    rows = grid(runs, "rp", {"": ", raw", "-unit": ", unit length"}, STRENGTHS.values())
+    return Table("RP: strength of the noise, times the mean text norm, mAP", STRENGTHS, rows)
 
 
 def rp_law(runs):
-    columns = [("", "mAP"), ("-uniform", "mAP"), ("-sphere", "mAP"), (NO_NOISE, "mAP")]
-    return Table("RP: law of the noise, mAP", ["gaussian", "uniform", "sphere", "none"],
-                 grid(runs, "rp", [("", "")], columns))
+    columns = {"gaussian": "", "uniform": "-uniform", "sphere": "-sphere", "none": NO_NOISE}
+    return Table("RP: law of the noise, mAP", columns, grid(runs, "rp", {"": ""}, columns.values()))
 
 
 def rp_texts(runs):
     suffixes = [f"-{count}-texts" for count in TEXT_COUNTS]
     suffixes.append("")
-    rows = grid(runs, "rp", [("", "")], [(suffix, "mAP") for suffix in suffixes])
-    rows += grid(runs, "rp", [(", no noise", "")], [(suffix + NO_NOISE, "mAP") for suffix in suffixes])
-    rows += grid(runs, "rp", [(", linear probe", "")], [(suffix, "linear probe mAP") for suffix in suffixes])
-    return Table("RP: number of texts, as many steps for each, mAP", [*(f"{count:,}" for count in TEXT_COUNTS), "all"],
-                 rows, x=TEXT_COUNTS)
+    rows = []
+    for words, end in (("", ""), (", no noise", NO_NOISE), (", linear probe", "/linear probe mAP")):
+        rows += grid(runs, "rp", {"": words}, [suffix + end for suffix in suffixes])
+    return Table("RP: number of texts, as many steps for each, mAP", [*TEXT_COUNTS, "all"], rows)
 
 
 def rp_cost(runs):
-    rows = [(title, [number(runs, "rp-cost", f"{title}, C={count}") for count in LABEL_COUNTS]) for title in COSTS]
-    return Table("RP: cost of a training step against the number of labels", [str(count) for count in LABEL_COUNTS],
-                 rows, "Prompt tuning in TaI-DPT's form, through ViT-B-32's text encoder, on the CPU; the same batch "
-                 "of 512 and the same loss.")
+    rows = [[title, *(number(runs, f"rp-cost/{title}, C={count}") for count in LABEL_COUNTS)] for title in COSTS]
+    return Table("RP: cost of a training step against the number of labels", LABEL_COUNTS, rows,
+                 "Prompt tuning in TaI-DPT's form, through ViT-B-32's text encoder, on the CPU; the same batch of 512 "
+                 "and the same loss.")
 
 
 def sspa_main(runs):
     titles = ["zero-shot mAP", "linear probe mAP", *METRICS]
-    kinds = [(", image tower frozen", ""), (", image tower frozen", "-short"), (", image tower tuned", "-tuned")]
-    return Table("SSPA: the full method", titles, grid(runs, "sspa", kinds, [("", title) for title in titles]))
+    kinds = {"": ", image tower frozen", "-short": ", image tower frozen", "-tuned": ", image tower tuned"}
+    return Table("SSPA: the full method", titles, grid(runs, "sspa", kinds, [f"/{title}" for title in titles]))
 
 
 def sspa_photos(runs):
@@ -258,11 +245,8 @@ def sspa_photos(runs):
     rows = []
     for label, metric in (("SSPA, image tower frozen", "mAP"),
                           ("linear probe of the same features", "linear probe mAP"), ("zero-shot", "zero-shot mAP")):
-        rows.append((label, [number(runs, name, metric) for name in names]))
-    if not any(rows[0][1]):
-        rows = []
-    return Table("SSPA: number of labelled photos, scenes, mAP", [f"{count:,}" for count in PHOTO_COUNTS], rows,
-                 x=PHOTO_COUNTS)
+        rows.append([label, *(number(runs, f"{name}/{metric}") for name in names)])
+    return Table("SSPA: number of labelled photos, scenes, mAP", PHOTO_COUNTS, rows)
 
 
 def sspa_ablations(runs):
@@ -270,61 +254,56 @@ def sspa_ablations(runs):
     settings = {"scenes-short": "scenes, tower frozen", "scenes-tuned-short": "scenes, tower tuned"}
     for dataset in SETS[2:]:
         settings[f"{dataset}-tuned"] = f"{dataset}, tower tuned"
-    rows = [(words, []) for words in ABLATIONS.values()]
+    rows = [[words] for words in ABLATIONS.values()]
     columns = []
     for name, words in settings.items():
         if not any(run.startswith(f"sspa-{name}--") for run in runs):
             continue
-        columns += [f"{words}: mAP", "against the full method", *(f"hits of {map_}" for map_ in MAPS[1:3])]
+        columns += [f"{words}: mAP", "against the full method", f"hits of {MAPS[1]}", f"hits of {MAPS[2]}"]
         full = number(runs, f"sspa-{name}")
-        for ablation, (_, cells) in zip(ABLATIONS, rows, strict=True):
+        for row, ablation in zip(rows, ABLATIONS, strict=True):
             own = number(runs, f"sspa-{name}{ablation}")
             gain = ""
-            if ablation and isinstance(own, Number) and isinstance(full, Number):
-                gain = f"{own.mean - full.mean:+.2f}"
-            cells += [own, gain]
-            cells += [number(runs, f"maps-{name}{ablation}", map_) for map_ in MAPS[1:3]]
-    return Table("SSPA: what each part is worth", columns, [row for row in rows if any(row[1])])
+            if ablation and isinstance(own, list) and isinstance(full, list):
+                gain = f"{own[0] - full[0]:+.2f}"
+            row += [own, gain, *(number(runs, f"maps-{name}{ablation}/{map_}") for map_ in MAPS[1:3])]
+    return Table("SSPA: what each part is worth", columns, rows)
 
 
 def sspa_maps(runs):
     """Whether longer training, a tuned tower or the gate makes maps truer"""
+    kinds = {"scenes": "SSPA: frozen, 20,000 photos, 20 epochs", "scenes-short": "SSPA: frozen, 4,000, 8",
+             "scenes-short--no-gate": "no gate: frozen, 4,000, 8", "scenes-tuned": "SSPA: tuned, 4,000, 8",
+             "scenes-tuned-short": "SSPA: tuned, 1,000, 8", "scenes-tuned-short--no-gate": "no gate: tuned, 1,000, 8"}
     rows = []
-    for name, words in (("scenes", "frozen, 20,000 photos, 20 epochs"), ("scenes-short", "frozen, 4,000, 8"),
-                        ("scenes-tuned", "tuned, 4,000, 8"), ("scenes-tuned-short", "tuned, 1,000, 8")):
-        for title, ablation in (("SSPA", ""), ("no gate", "--no-gate")):
-            cells = [number(runs, f"maps-{name}{ablation}", map_) for map_ in MAPS]
-            if any(cells):
-                rows.append((f"{title}: {words}", [number(runs, f"sspa-{name}{ablation}"), *cells]))
+    for name, words in kinds.items():
+        rows.append([words, number(runs, f"sspa-{name}"), *(number(runs, f"maps-{name}/{map_}") for map_ in MAPS)])
     return Table("SSPA: where its maps point, scenes, hits of the pointing game", ["mAP", *MAPS], rows)
 
 
 def unseen(runs):
     titles = ["seen", "seen, zero-shot", "unseen", "unseen, zero-shot"]
     rows = []
-    for name in ("rp-scenes", "rp-features", "sspa-scenes"):
-        method, dataset = name.split("-")
+    for name, words in (("rp-scenes", "RP, scenes"), ("rp-features", "RP, features"), ("sspa-scenes", "SSPA, scenes")):
         for third in range(3):
-            cells = [number(runs, f"{name}-unseen-{third}", title) for title in titles]
-            if any(cells):
-                rows.append((f"{method.upper()}, {dataset}, without third {third + 1}", cells))
+            cells = [number(runs, f"{name}-unseen-{third}/{title}") for title in titles]
+            rows.append([f"{words}, without third {third + 1}", *cells])
     return Table("Labels that training never saw, mAP", titles, rows)
 
 
-def published(runs, papers):
+def published(runs):
     """What somebody has read, ours among it; by dataset and metric, the smallest number first."""
-    lines = [[cell[key] for key in PUBLISHED] for cell in papers]
-    for dataset, metric in {(cell["dataset"], cell["metric"]) for cell in papers}:
-        for method, name in (("RP, ours", f"rp-{dataset}"), ("SSPA, ours", f"sspa-{dataset}"),
-                             ("SSPA, ours", f"sspa-{dataset}-tuned")):
-            own = number(runs, name, metric)
-            if isinstance(own, Number):
-                lines.append([dataset, metric, round(own.mean, 2), method, "", f"run {name}", ""])
-    lines.sort(key=lambda line: (SETS.index(line[0]), line[1], line[2]))
-    unread = {"RP", "SSPA"} - {cell["method"] for cell in papers}
+    rows = read_papers(PAPERS)
+    unread = {"RP", "SSPA"} - {row[3] for row in rows}
     note = " ".join(f"The own numbers of {method}'s paper were not at hand." for method in sorted(unread))
-    rows = [(dataset, cells) for dataset, *cells in lines]
-    return Table("Published numbers, for orientation", list(PUBLISHED[1:]), rows, note)
+    for dataset, metric in {tuple(row[:2]) for row in rows}:
+        for name in (f"rp-{dataset}", f"sspa-{dataset}", f"sspa-{dataset}-tuned"):
+            own = number(runs, f"{name}/{metric}")
+            if isinstance(own, list):
+                method = name.split("-")[0].upper()
+                rows.append([dataset, metric, round(own[0], 2), f"{method}, ours", "", f"run {name}", ""])
+    rows.sort(key=lambda row: (SETS.index(row[0]), *row[1:3]))
+    return Table("Published numbers, for orientation", PUBLISHED[1:], rows, note)
 
 
 def behind(runs):
@@ -332,44 +311,49 @@ def behind(runs):
     rows = {}
     for name, run in runs.items():
         if "reason" in run:
-            rows[name] = (name, [f"not done: {run['reason']}", "", "", "", ""])
+            rows[name] = [name, f"not done: {run['reason']}", "", "", "", ""]
         else:
             minutes = f"{run['seconds'] / 60:.1f}"
             cells = [f"`{run['command']}`", run.get("tested on", ""), run["commit"], run["device"], minutes]
-            rows.setdefault(run["command"], (name, cells))
-    return Table("Behind the numbers", ["command", "tested on", "commit, + changes", "on", "minutes"],
-                 list(rows.values()))
+            rows.setdefault(run["command"], [name, *cells])
+    return Table("Behind the numbers", ["command", "tested on", "commit, + changes", "on", "minutes"], rows.values())
 
 
-def tables_of(runs, papers):
-    """runs: what look gives; papers: what read_papers gives -> {name: Table}"""
-    return {"rp-main": rp_main(runs), "rp-baselines": rp_baselines(runs), "rp-noise": rp_noise(runs),
-            "rp-law": rp_law(runs), "rp-texts": rp_texts(runs), "rp-cost": rp_cost(runs), "sspa-main": sspa_main(runs),
-            "sspa-photos": sspa_photos(runs), "sspa-ablations": sspa_ablations(runs), "sspa-maps": sspa_maps(runs),
-            "unseen": unseen(runs), "published": published(runs, papers), "runs": behind(runs)}
+def tables_of(runs):
+    """runs: what look gives -> {name: Table}, without rows that have nothing to say"""
+    tables = {}
+    for make in (rp_main, rp_baselines, rp_noise, rp_law, rp_texts, rp_cost, sspa_main, sspa_photos, sspa_ablations,
+                 sspa_maps, unseen, published):
+        table = make(runs)
+        rows = [row for row in table.rows if any(row[1:])]
+        tables[make.__name__.replace("_", "-")] = table._replace(rows=rows)
+    tables["runs"] = behind(runs)
+    return tables
 
 
 # --- tables as pages and pictures -------------------------------------------------------------------------------------
 def shown(cell):
-    if isinstance(cell, Missing):
-        return textwrap.shorten(cell, 80, placeholder=" ...")
-    if not isinstance(cell, Number):
-        return str(cell)
-    text = f"{cell.mean:.2f}"
-    if cell.mean > 100:
-        text = f"{cell.mean:,.0f}"
-    if cell.std is not None:
-        text += f" ± {cell.std:.2f}"
+    if isinstance(cell, str):
+        return cell.replace("|", "/")
+    if not isinstance(cell, list):
+        return f"{cell:,}"
+    average, std = cell
+    text = f"{average:.2f}"
+    if average > 100:
+        text = f"{average:,.0f}"
+    if std is not None:
+        text += f" ± {std:.2f}"
     return text
 
 
 def markdown(table):
     """-> str, without columns that have nothing to say"""
-    columns = [at for at in range(len(table.columns)) if any(cells[at] for _, cells in table.rows)]
-    lines = [["", *(table.columns[at] for at in columns)], ["---"] * (1 + len(columns))]
-    for label, cells in table.rows:
-        lines.append([label, *(shown(cells[at]).replace("|", "/") for at in columns)])
-    parts = [f"### {table.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    columns = []
+    for title, *cells in zip(["", *table.columns], *table.rows, strict=True):
+        if any(cells):
+            columns.append([shown(title), "---", *map(shown, cells)])
+    lines = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
+    parts = [f"### {table.title}", "\n".join(lines)]
     if table.note:
         parts.append(table.note)
     return "\n\n".join(parts) + "\n"
@@ -382,99 +366,94 @@ def filled_in(text, tables):
 
 
 def draw(table, path):
-    """A curve for each row, with bars of one standard deviation. The picture holds the table as its description."""
+    """A curve for each row over the columns that are numbers, with bars of one standard deviation."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4), dpi=110)
     axes = figure.subplots()
-    for label, cells in table.rows:
-        points = [(x, *cell) for x, cell in zip(table.x, cells, strict=False) if isinstance(cell, Number)]
-        places, means, stds = zip(*points, strict=True)
-        axes.errorbar(places, means, [std or 0 for std in stds], marker="o", markersize=4, capsize=2, label=label)
-    if min(table.x) > 0:
+    places = [column for column in table.columns if column != "all"]
+    for label, *cells in table.rows:
+        points = [(x, *cell) for x, cell in zip(places, cells, strict=False) if isinstance(cell, list)]
+        axes.errorbar(*np.array(points, float).T, marker="o", markersize=4, capsize=2, label=label)
+    if 0 not in places:
         axes.set_xscale("log")
-    axes.set(title=table.title, xticks=table.x, xticklabels=table.x)
+    axes.set(title=table.title, xticks=places, xticklabels=places)
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path, metadata={"Description": markdown(table)}, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")
 
 
-def write_docs(runs, papers):
+def write_docs(folder):
     """Finished runs join those in the record, which is shown in docs/results.md and the pictures."""
     record = data.read_json(RECORD, "record of runs")
-    record |= {name: run for name, run in runs.items() if "numbers" in run}
-    tables = tables_of(record, papers)
+    record |= {name: run for name, run in look(folder).items() if "numbers" in run}
+    tables = tables_of(record)
     data.write_atomically(DOCS, filled_in(data.read_text(DOCS, "page"), tables))
     data.write_json(RECORD, record)
-    for name, table in tables.items():
-        if table.x and find_spec("matplotlib"):
-            draw(table, ASSETS / "tables" / f"{name}.png")
+    if find_spec("matplotlib"):
+        for name in ("rp-noise", "rp-texts", "sspa-photos"):
+            draw(tables[name], ASSETS / f"tables/{name}.png")
 
 
-def write_results(runs, papers, path):
+def write_results(folder, path):
+    runs = look(folder)
+    if not runs:
+        raise UsageError(f"{folder}: no run is there; bash run_all.sh makes them")
     parts = ["# Tables\n\nMade by `bash run_all.sh`. Percent; mean ± sample standard deviation over seeds.\n"]
-    for table in tables_of(runs, papers).values():
-        if any(any(cells) for _, cells in table.rows):
-            parts.append(markdown(table))
+    parts += [markdown(table) for table in tables_of(runs).values() if table.rows]
     data.write_atomically(path, "\n".join(parts))
     finished = sum("numbers" in run for run in runs.values())
     print(f"{path}: {finished} of {len(runs)} runs are finished")
 
 
 # --- the demo's table -------------------------------------------------------------------------------------------------
-def demo_row(label, learnt_from, score, result=None):
-    line = f"{label:<28}{learnt_from:<28}{score:8.2f}"
-    if result:
-        at_half = [run["threshold_0.5"] for run in result["runs"]]
+def demo_row(label, learnt_from, result, metric="mAP"):
+    """A line about a run: a baseline of it, or what it learnt, with F1s"""
+    numbers = read_run(result)["numbers"]
+    line = f"{label:<28}{learnt_from:<28}{numbers[metric][0]:8.2f}"
+    if metric == "mAP":
+        _, std = numbers["mAP"]
         deviation = " " * 6
-        if len(at_half) > 1:
-            deviation = f" ±{result['mAP_std']:4.2f}"
-        line += f"{deviation}{mean(one['CF1'] for one in at_half):8.1f}{mean(one['OF1'] for one in at_half):8.1f}"
+        if std is not None:
+            deviation = f" ±{std:4.2f}"
+        line += f"{deviation}{numbers['CF1'][0]:8.1f}{numbers['OF1'][0]:8.1f}"
     print(line)
 
 
 def demo(folder):
     """The table of `bash run_all.sh demo`, on stdout: RP's rows, and SSPA's where its run is there."""
     rp = data.read_json(folder / "rp/metrics.json", "result")
-    no_noise = data.read_json(folder / "rp-no-noise/metrics.json", "result")
     sentences = f"{rp['text_count']:,} sentences"
     print(f"\nscenes: {rp['photo_count']:,} test pictures, {rp['label_count']} labels, toy CLIP; ± over "
           f"{len(rp['seeds'])} seeds\n\n{'':<28}{'learnt from':<28}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}")
-    demo_row("zero-shot CLIP (cosine)", "nothing", rp["zero_shot_mAP"])
-    demo_row("linear probe, texts", sentences, rp["linear_probe_mAP"])
-    demo_row("RP, no noise", sentences, no_noise["mAP"], no_noise)
-    demo_row("RP, noise 0.15", sentences, rp["mAP"], rp)
+    demo_row("zero-shot CLIP (cosine)", "nothing", rp, "zero-shot mAP")
+    demo_row("linear probe, texts", sentences, rp, "linear probe mAP")
+    demo_row("RP, no noise", sentences, data.read_json(folder / "rp-no-noise/metrics.json", "result"))
+    demo_row("RP, noise 0.15", sentences, rp)
     if not (folder / "sspa/metrics.json").is_file():
         return
     sspa = data.read_json(folder / "sspa/metrics.json", "result")
     pictures = f"{sspa['train_count']:,} labelled pictures"
-    demo_row("linear probe, features", pictures, sspa["linear_probe_mAP"])
-    demo_row("SSPA, image tower frozen", pictures, sspa["mAP"], sspa)
+    demo_row("linear probe, features", pictures, sspa, "linear probe mAP")
+    demo_row("SSPA, image tower frozen", pictures, sspa)
     print(f"\npictures: {folder}/rp/tags, {folder}/sspa/tags   (what each says of 12 pictures)\n"
           f"          {folder}/sspa/explain   (where SSPA saw it)      more: {folder}/{{rp,sspa}}/metrics.json")
 
 
-def main(words=None):
+def main(words):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default="runs/tables", metavar="DIR")
-    parser.add_argument("--results", type=Path, default="results/tables.md", metavar="FILE")
+    parser.add_argument("--runs", type=Path, default="runs/tables")
+    parser.add_argument("--results", type=Path, default="results/tables.md")
     parser.add_argument("--docs", action="store_true")
-    parser.add_argument("--demo", type=Path, metavar="DIR")
+    parser.add_argument("--demo", type=Path)
     options = parser.parse_args(words)
-    try:
-        if options.demo:
-            return demo(options.demo)
-        runs = look(options.runs)
-        papers = read_papers(ASSETS / "paper_numbers.json")
-        if options.docs:
-            return write_docs(runs, papers)
-        if not runs:
-            raise UsageError(f"{options.runs}: no run is there; bash run_all.sh makes them")
-        write_results(runs, papers, options.results)
-    except UsageError as error:
-        say(f"tables.py: {error}")
-        return 2
+    if options.demo:
+        demo(options.demo)
+    elif options.docs:
+        write_docs(options.runs)
+    else:
+        write_results(options.runs, options.results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with exit_codes("tables.py") as arguments:
+        main(arguments)

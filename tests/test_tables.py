@@ -1,4 +1,5 @@
 """run_all.sh and experiments/tables.py: the list of runs, what tables say of what runs left, docs/results.md."""
+import functools
 import json
 import os
 import re
@@ -34,52 +35,57 @@ def run_all(tmp_path, cache):
     return call
 
 
-def write_run(folder, name, scores, **changed):
-    """A metrics.json by hand, as far as tables read it. scores: mAP of each seed"""
-    facts = {"text_count": 8000, "train_count": 5011, "photo_count": 4952, "label_count": 20, "zero_shot_mAP": 50.25,
-             "linear_probe_mAP": 55.5, "per_class": [], "config": {"epochs": 20}, "backbone": "ViT-B-16",
-             "policy": "difficult=ignore", "command": f"python {name}", "commit": "c0ffee", "device": "CPU",
-             "seconds": 90.0, "seeds": [0, 1, 2], "finished": True, "runs": [], "mAP": 64.5, "mAP_std": 0.7}
-    for score in scores:
-        group = dict.fromkeys(("CF1", "OF1", "mA", "accuracy", "precision", "recall", "F1"), score)
-        facts["runs"].append({"mAP": score, "mAP_interpolated": score, "threshold_0.5": group, "top_3": group,
-                              "attributes": group, "ap": [score, 10.0]})
-    (folder / name).mkdir(parents=True)
-    (folder / name / "metrics.json").write_text(json.dumps({"method": name.split("-")[0], **facts, **changed}))
+@pytest.fixture
+def write_run(trained, tmp_path):
+    """write_run("rp-scenes", [60.0, 61.0]): a real metrics.json, of seeds whose every number is that"""
+    def write(name, scores, **changed):
+        script = "sspa.py" if name.startswith("sspa") else "adapter_rp.py"
+        result = json.loads((trained[script].folder / "metrics.json").read_text())
+        template = result["runs"][0]
+        result["runs"] = []
+        for score in scores:
+            one = dict.fromkeys(template, score)
+            for group in ("threshold_0.5", "top_3", "attributes"):
+                one[group] = dict.fromkeys(template[group], score)
+            result["runs"].append({**one, "ap": [score, 10.0]})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(result | changed))
+    return write
 
 
-def test_numbers(tmp_path):
+def test_numbers(write_run, tmp_path):
     """60, 61, 65: mean 62, sample variance (4 + 1 + 9) / 2 = 7. One seed has no spread. Hits 10 and 14: 12, sqrt(8)."""
     labels = [{"zero_shot_ap": 12, "trained": True}, {"zero_shot_ap": 60, "trained": False}]
-    write_run(tmp_path, "rp-scenes", [60.0, 61.0, 65.0], per_class=labels)
-    write_run(tmp_path, "sspa-scenes-short", [70.0])
-    write_run(tmp_path, "sspa-scenes-short--no-gate", [69.0])
-    write_run(tmp_path, "rp-ucm", [None, None])
+    write_run("rp-scenes", [60.0, 61.0, 65.0], per_class=labels)
+    write_run("sspa-scenes-short", [70.0])
+    write_run("sspa-scenes-short--no-gate", [69.0])
+    write_run("rp-ucm", [None, None])
     (tmp_path / "maps-scenes-short").mkdir()
     models = [{"asked": 9, "photos": 4, "maps": {"DSF attention": {"pointing": hits}}} for hits in (10, 14)]
     facts = {"models": models, "command": "python Y", "commit": "c0ffee", "device": "CPU", "seconds": 6}
     (tmp_path / "maps-scenes-short/localize.json").write_text(json.dumps(facts))
     runs = tables.look(tmp_path)
-    assert tables.number(runs, "rp-scenes") == pytest.approx((62, 7 ** 0.5))
-    assert tables.number(runs, "rp-scenes", "seen, zero-shot") == (12, None)
-    assert tables.number(runs, "rp-scenes", "unseen") == (10, 0)
-    assert tables.number(runs, "sspa-scenes-short", "F1") == (70, None)
-    assert tables.number(runs, "maps-scenes-short", "DSF attention") == pytest.approx((12, 8 ** 0.5))
-    assert tables.number(runs, "rp-ucm") == tables.Missing("undefined")
-    rows = dict(tables.sspa_ablations(runs).rows)
-    assert rows["no gate"][1] == "-1.00" and rows["SSPA"][2] == pytest.approx((12, 8 ** 0.5))
+    number = functools.partial(tables.number, runs)
+    assert number("rp-scenes") == pytest.approx([62, 7 ** 0.5])
+    assert number("rp-scenes/seen, zero-shot") == [12, None]
+    assert number("rp-scenes/unseen") == [10, 0]
+    assert number("sspa-scenes-short/F1") == [70, None]
+    assert number("rp-ucm") == "undefined"
+    rows = {label: cells for label, *cells in tables.sspa_ablations(runs).rows}
+    assert rows["no gate"][1] == "-1.00"
+    assert rows["SSPA"][2] == pytest.approx([12, 8 ** 0.5])
 
 
-def test_a_missing_cell_holds_the_reason(tmp_path):
+def test_a_missing_cell_holds_the_reason(write_run, tmp_path):
     """A run that was never finished, one that was refused (its old number is not shown), a damaged one."""
-    write_run(tmp_path, "rp-scenes-uniform", [61.0], finished=False)
-    write_run(tmp_path, "rp-scenes", [62.0])
+    write_run("rp-scenes-uniform", [61.0], finished=False)
+    write_run("rp-scenes", [62.0])
+    write_run("sspa-ucm", [70.0], config=None)
     (tmp_path / "rp-scenes.reason").write_text("adapter_rp.py: a run with other settings is there\n")
-    write_run(tmp_path, "sspa-ucm", [70.0], config=None)
     runs = tables.look(tmp_path)
     assert tables.number(runs, "rp-scenes") == "a run with other settings is there"
-    assert "not finished" in tables.number(runs, "rp-scenes-uniform")
-    assert "bash run_all.sh goes on" in tables.number(runs, "sspa-ucm")
+    assert "not finished" in runs["rp-scenes-uniform"]["reason"]
+    assert "bash run_all.sh goes on" in runs["sspa-ucm"]["reason"]
 
 
 @pytest.mark.parametrize("changed", [{"source": " "}, {"value": 0.643}, {"value": True}, {"dataset": "voc"}])
@@ -103,8 +109,7 @@ def test_the_list_can_be_typed_and_the_page_is_not_stale(run_all):
     record = json.loads(tables.RECORD.read_text())
     assert set(record) < set(names)
     page = tables.DOCS.read_text("utf-8")
-    made = tables.tables_of(record, tables.read_papers(tables.ASSETS / "paper_numbers.json"))
-    assert tables.filled_in(page, made) == page
+    assert tables.filled_in(page, tables.tables_of(record)) == page
 
 
 def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
@@ -118,7 +123,7 @@ def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
 def test_ctrl_c_ends_the_list(run_all, tmp_path):
     process = run_all(start=subprocess.Popen, ONLY="rp-scenes")
     log = tmp_path / "runs/rp-scenes.log"
-    while not log.is_file() or not log.stat().st_size:  # until the first run has said its first word
+    while not log.is_file() or not log.read_bytes():  # until the first run has said its first word
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
@@ -130,24 +135,24 @@ def test_tag(run_all, tmp_path):
     """Words and photos to tags, from another folder. A model is not asked before all else is found to be there."""
     (tmp_path / "words.txt").write_text("ball\nboat\nchess board\n")
     (tmp_path / "empty").mkdir()
-    llm = ["--llm", "http://127.0.0.1:9/v1"]  # where nobody answers
-    assert "no photo in this folder" in run_all("tag", "words.txt", "empty", *llm, expect=2).stderr
+    nobody = "--llm=http://127.0.0.1:9/v1"
+    assert "no photo in this folder" in run_all("tag", "words.txt", "empty", nobody, expect=2).stderr
+    assert "needs a label file" in run_all("tag", "no.txt", ".", nobody, expect=2).stderr
+    assert "no command 'x'" in run_all("x", expect=2).stderr
     photos = REPOSITORY / "assets/tables"
-    options = ["--backbone", "scenes", "--top-k", "1", "--epochs", "1", "--count", "60", "--quiet", "--output", "found"]
-    assert "photos tagged" in run_all("tag", "words.txt", photos, *options).stdout
+    options = "--backbone scenes --top-k 1 --epochs 1 --count 60 --quiet --output found"
+    assert "photos tagged" in run_all("tag", "words.txt", photos, *options.split()).stdout
     lines = (tmp_path / "found/tags.jsonl").read_text().splitlines()
     assert [json.loads(line)["photo"] for line in lines] == [str(photo) for photo in sorted(photos.iterdir())]
 
 
-def test_mistakes_and_the_demos_table(run_all, tmp_path, capsys):
-    for words, said in ("tag no.txt .", "needs a label file"), ("x", "no command 'x'"):
-        assert said in run_all(*words.split(), expect=2).stderr
-    write_run(tmp_path, "rp", [64.0, 65.0])
-    write_run(tmp_path, "rp-no-noise", [60.0])
+def test_the_demos_table(write_run, tmp_path, capsys):
+    write_run("rp", [64.0, 65.0])
+    write_run("rp-no-noise", [60.0])
     tables.main(["--demo", str(tmp_path)])
     assert "SSPA" not in capsys.readouterr().out
-    write_run(tmp_path, "sspa", [67.0])
+    write_run("sspa", [67.0])
     tables.main(["--demo", str(tmp_path)])
     lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
-    assert {"RP, noise 0.15 8,000 sentences 64.50 ±0.70 64.5 64.5",
-            "SSPA, image tower frozen 5,011 labelled pictures 64.50 67.0 67.0"} < lines
+    assert {"RP, noise 0.15 300 sentences 64.50 ±0.71 64.5 64.5",
+            "SSPA, image tower frozen 130 labelled pictures 67.00 67.0 67.0"} < lines
