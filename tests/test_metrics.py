@@ -129,10 +129,10 @@ def test_memory_is_bounded():
 def test_linear_probe_equals_sklearn(strength):
     """Features in a narrow cone, as CLIP's are, of any length; ignored labels are left out of their own column; where
     there is no positive, which scikit-learn refuses, the answer is no."""
-    features = 4 + torch.randn(450, 12, generator=torch.Generator().manual_seed(5))
-    images = features[400:]
-    features = features[:400]
-    labels = (features[:, :3] > features[:, 3:6] + 1).to(torch.int8)
+    drawn = 4 + torch.randn(450, 15, generator=torch.Generator().manual_seed(5))
+    features = drawn[:400, :12]
+    images = drawn[400:, :12]
+    labels = (drawn[:400, :3] > drawn[:400, 12:] + 1).to(torch.int8)
     labels[:150, 1] = -1
     labels[:, 2] = 0
     found = baselines.linear_probe(features, labels, images, strength)

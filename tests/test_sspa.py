@@ -2,12 +2,11 @@
 For both methods: which label belongs to which photo; every option and every marked constant changes something."""
 import json
 import re
+import shutil
 import types
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,13 +22,13 @@ import sspa
 
 
 def config_of(words=""):
-    config = run.parse(sspa.Config, f"--quiet --workers 0 --tune-image none --lr 6e-3 {words}".split(), "", "")
-    return replace(config, precision="fp32")
+    fixed = "--quiet --workers 0 --tune-image none --lr 6e-3 --precision fp32"
+    return run.parse(sspa.Config, f"{fixed} {words}".split(), "", "")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def files(tmp_path_factory):
-    """What options point at; and open_clip learns two tiny towers with random weights. Folders of drawn pictures: a; b;
+def files(place, tmp_path_factory):
+    """What options point at; and open_clip learns a tiny ResNet with random weights. Folders of drawn pictures: a; b;
     broken, which is a with two more that are no pictures. Every second one is for training (in b: by its seed)."""
     folder = tmp_path_factory.mktemp("files")
     for name, photos, last in (("a", range(20), "split"), ("b", range(30, 50), ""), ("broken", range(-2, 20), "split")):
@@ -37,49 +36,42 @@ def files(tmp_path_factory):
         lines = [f"file,sun,boat,{last}"]
         for photo in photos:
             file = folder / name / f"{photo}.png"
-            file.write_text("no picture")
-            if photo >= 0:
+            if photo < 0:
+                file.write_text("no picture")
+            else:
                 scenes.picture("test", photo)[0].save(file)
-            lines.append(f"{file.name},{photo // 2 % 2},{photo % 3 % 2},{('train', 'test')[photo % 2]}")
+            lines.append(f"{photo}.png,{photo // 2 % 2},{photo % 3 % 2},{('train', 'test')[photo % 2]}")
         (folder / name / "labels.csv").write_text("\n".join(lines))
     (folder / "labels.txt").write_text("sun\nboat\ncar\ntree")
-    (folder / "swapped.txt").write_text("boat\nsun")
+    (folder / "swapped.txt").write_text("tree\nbus\ndog\ncat")
     (folder / "texts.txt").write_text("\n".join(f"a {name} by a car" for name in 3 * scenes.NAMES))
     (folder / "descriptions.json").write_text(json.dumps({name: f"{name} is drawn." for name in scenes.NAMES}))
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(70, 9))
-    marks = rng.integers(0, 2, (70, 2))
-    np.savez(folder / "features.npz", label_names=["sun", "boat"], label_embeddings=rows[:2], text_embeddings=rows,
-             text_labels=marks, image_embeddings=rows[::-1], image_labels=marks)
-    text = {"context_length": 40, "width": 32, "heads": 2, "layers": 2}
-    vit = {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32}
-    for name, tower in (("tiny-ViT", vit), ("tiny-ResNet", {"image_size": 128, "layers": [1, 1, 1, 1], "width": 8})):
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps({"embed_dim": 32, "vision_cfg": tower, "text_cfg": text}))
-        embed.import_open_clip().add_model_config(path)
+    shutil.copy(place / "features.npz", folder)
+    tower = {"image_size": 128, "layers": [1, 1, 1, 1], "width": 8}
+    (folder / "tiny.json").write_text(json.dumps({**scenes.CLIP_CONFIG, "vision_cfg": tower}))
+    embed.import_open_clip().add_model_config(folder / "tiny.json")
     return folder
 
 
 # --- image encoder, KAP -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("backbone, resolution, side", [("tiny-ViT", 96, 6), ("tiny-ViT", 448, 28),
-                                                        ("tiny-ResNet", 224, 7), ("tiny-ResNet", 448, 14)])
+@pytest.mark.parametrize("backbone, resolution, side", [("scenes", 96, 12), ("scenes", 224, 28), ("tiny", 224, 7),
+                                                        ("tiny", 448, 14)])
 def test_x0_is_encode_image_and_a_patch_is_seen_where_it_is(backbone, resolution, side):
     """A dark patch high up at the right: mirrored, flipped or transposed it is elsewhere. Its region changes most."""
     clip = embed.load_clip(backbone, "none", resolution=resolution)
-    pool = getattr(clip.model.visual, "attnpool", None)
-    if pool:  # random weights look everywhere alike: at their like now
+    if backbone == "tiny":  # random weights look everywhere alike: at their like now
+        pool = clip.model.visual.attnpool
         for projection in (pool.q_proj, pool.k_proj):
             torch.nn.init.eye_(projection.weight).mul_(20)
-        torch.nn.init.normal_(pool.positional_embedding, generator=torch.Generator().manual_seed(0))
+        pool.positional_embedding.data = leaf(side * side + 1, 256).detach().float()
     images = torch.zeros(2, 3, side, side)
     images[1, :, 1, side - 2] = -2
-    images = images.repeat_interleave(resolution // side, 2).repeat_interleave(resolution // side, 3)
+    images = F.interpolate(images, resolution)
     with torch.no_grad():
         x0, X = sspa.image_features(clip.model.visual, images)
         torch.testing.assert_close(x0, clip.model.encode_image(images), rtol=1e-4, atol=1e-5)
-    changes = (X[1] - X[0]).norm(dim=-1).view(side, side)
-    assert changes.argmax() == side + side - 2
+    assert (X[1] - X[0]).norm(dim=-1).argmax() == side + side - 2
 
 
 def test_knowledge_texts(capsys):
@@ -102,7 +94,7 @@ def test_prompts_fused_equal_reference_and_encode_text(sets, length, names):
     clip = embed.load_clip()
     model = clip.model.double()
     tokens = clip.tokenizer([f"{'a ' * length}{name}." for name in names])
-    contexts = leaf(sets, length, 96, scale=0.1)
+    contexts = 0.1 * leaf(sets, length, 96)
     contexts.data[-1] = model.token_embedding(tokens[0, 1:1 + length])
     same(sspa, "encode_prompts", lambda encode, contexts: encode(model, contexts, tokens), [contexts])
     torch.testing.assert_close(sspa.encode_prompts_fused(model, contexts, tokens)[-1], model.encode_text(tokens))
@@ -122,8 +114,10 @@ def test_quaternion_fused_equals_reference(B, C, n, zero):
 def test_gated_attention_fused_equals_reference(B, n, m, d, gated):
     """Fewer that ask than are asked and more, so that every order of products is met."""
     gdma = moved(sspa.GatedAttention(d, 2.0, gated, "fused", torch.Generator().manual_seed(0)))
-    inputs = [leaf(B, n, d), leaf(B, m, d, seed=1), *gdma.parameters()]
-    same(sspa, "gated_attention", lambda attend, x, context, *_: attend(x, context, gdma), inputs)
+
+    def answer_and_gate(attend, x, context, *_):
+        return torch.cat(attend(x, context, gdma)[:1 + gated])
+    same(sspa, "gated_attention", answer_and_gate, [leaf(B, n, d), leaf(B, m, d, seed=1), *gdma.parameters()])
 
 
 @pytest.mark.parametrize("exponents", [(), (4, 1, 0.05), (0, 0, 0), (0.5, 0.5, 0), (0.5, 0, 0.1), (3, 0, 0, "stopped"),
@@ -133,27 +127,23 @@ def test_asymmetric_loss_fused_equals_reference(monkeypatch, exponents):
     monkeypatch.setattr(sspa, "logits_alive", lambda z: 10)
 
     def loss(function, z):
-        return function(z, targets_of(13, 19), *exponents)
-    logits = leaf(19, 13, scale=3).detach().mT.requires_grad_()
-    same(sspa, "asymmetric_loss", loss, [logits], finite_differences="stopped" not in exponents)
-    same_under_autocast(sspa, "asymmetric_loss", loss, [logits])
-    extremes = torch.tensor([-1e4, -700, -90, -40, -17, -1e-3, 0, 1e-3, 17, 40, 90, 700, 1e4])
-    targets = torch.tensor([[1], [0], [-1]]).expand(3, 13)
-    for dtype, rtol, atol in ((torch.float32, 2e-5, 1e-5), (torch.float64, 1e-9, 1e-11)):
-        logits = extremes.to(dtype).repeat(3, 1).requires_grad_()
-        same(sspa, "asymmetric_loss", lambda f, z: f(z, targets, *exponents), [logits], rtol, atol,
-             finite_differences=False)
+        return function(z, targets_of(*z.shape), *exponents)
+    logits = [3 * leaf(19, 13).mT]
+    same(sspa, "asymmetric_loss", loss, logits, finite_differences="stopped" not in exponents)
+    same_under_autocast(sspa, "asymmetric_loss", loss, logits)
+    extremes = torch.tensor([-1e4, -700, -90, -40, -17, -1e-3, 0, 1e-3, 17, 40, 90, 700, 1e4]).repeat(19, 1)
+    for logits, rtol, atol in ((extremes, 2e-5, 1e-5), (extremes.double(), 1e-9, 1e-11)):
+        same(sspa, "asymmetric_loss", loss, [logits.requires_grad_()], rtol, atol, finite_differences=False)
 
 
 @pytest.mark.parametrize("loss", [sspa.asymmetric_loss_reference, sspa.asymmetric_loss_fused,
                                   adapter_rp.asymmetric_loss_reference])
 def test_loss_refuses_odd_targets_and_sums_half_precision(loss):
-    for odd in (torch.full((2, 2), 0.5), torch.ones(2, dtype=torch.int8)):
-        with pytest.raises(ValueError, match="targets must be integers or bool"):
-            loss(torch.zeros(odd.shape), odd)
     logits = torch.full((512, 1000), 3.0)
-    targets = torch.zeros(512, 1000, dtype=torch.bool)
-    torch.testing.assert_close(loss(logits.half(), targets), loss(logits, targets), rtol=1e-4, atol=0)
+    for odd in (logits, torch.ones(2).int()):
+        with pytest.raises(ValueError, match="targets must be integers or bool"):
+            loss(odd.float(), odd)
+    torch.testing.assert_close(loss(logits.half(), logits < 0), loss(logits, logits < 0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("alive", [1, 20, 37, 2 ** 18])
@@ -202,12 +192,12 @@ def moved(module):
     """In float64, every learned tensor away from its start"""
     for place, parameter in enumerate(module.double().parameters()):
         if parameter.requires_grad:
-            parameter.data += leaf(*parameter.shape, seed=place, scale=0.05).detach()
+            parameter.data += 0.05 * leaf(*parameter.shape, seed=place).detach()
     return module
 
 
-def model_of(frozen, **changes):
-    config = replace(config_of("--cache="), **changes)
+def model_of(frozen, words=""):
+    config = config_of(f"--cache= {words}")
     return moved(sspa.SSPA(config, frozen.model, sspa.labels_of(config, frozen, scenes.NAMES[:5]), 0))
 
 
@@ -232,29 +222,29 @@ def test_forward_is_the_figure(clip64):
     torch.testing.assert_close(tuple(model(X0, REGIONS)), expected)
 
 
-@pytest.mark.parametrize("global_weight, regional_weight, changes", [
-    (1, 0.7, {}), (1, 0.7, {"quaternion_layers": 1, "no_gate": True}),
-    (1, 0.7, {"attention_scale": 0.0, "quaternion_layers": 3, "context_length": 7, "aggregator": "max"}),
-    (1, 0, {"fusion": "knowledge", "alignment": "s-to-v", "branches": "global"}),
-    (0, 0.7, {"fusion": "context", "no_dsf": True, "alignment": "none", "branches": "regional"}),
-    (1, 0.7, {"fusion": "sum", "aggregator": "mean"}), (1, 0.7, {"fusion": "concat", "alignment": "v-to-s"})])
-def test_whole_model_fused_equals_reference(clip64, global_weight, regional_weight, changes):
+@pytest.mark.parametrize("words", [
+    "", "--quaternion-layers 1 --no-gate",
+    "--attention-scale 0 --quaternion-layers 3 --context-length 7 --aggregator max",
+    "--fusion knowledge --alignment s-to-v --branches global",
+    "--fusion context --no-dsf --alignment none --branches regional",
+    "--fusion sum --aggregator mean", "--fusion concat --alignment v-to-s"])
+def test_whole_model_fused_equals_reference(clip64, words):
     """Loss, gradients, outputs, without the other kind's functions; a picture's own are the same; L = L_G + 0.7 L_R."""
     targets = targets_of(3, 5)
     found = []
     for impl, other in (("reference", "_fused"), ("fused", "_reference")):
         with without(sspa, other):
-            model = model_of(clip64, impl=impl, regional_weight=0.7, gamma_neg=3.0, clip=0.05, **changes)
+            model = model_of(clip64, f"{words} --impl {impl} --regional-weight 0.7 --gamma-neg 3 --clip 0.05")
             loss = model(X0, REGIONS, targets)
             gradients = torch.autograd.grad(loss, list(model.learned().values()))
             outputs = [output for output in model(X0, REGIONS) if output is not None]
-            alone = model(X0[1:2], REGIONS[1:2])
+            alone = model(X0[1:], REGIONS[1:])
         found.append((loss, gradients, outputs))
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-10)
-    torch.testing.assert_close([output[1:2] for output in outputs[:4]], list(alone[:4]))
-    assert changes or all(gradient.any() for gradient in gradients)
+    torch.testing.assert_close(outputs[1][1:], alone.regional_logits)
     L_G, L_R = (sspa.asymmetric_loss_reference(logits, targets, 3.0, 0.0, 0.05) for logits in outputs[:2])
-    torch.testing.assert_close(loss, global_weight * L_G + regional_weight * L_R)
+    expected = {"both": L_G + 0.7 * L_R, "global": L_G, "regional": 0.7 * L_R}
+    torch.testing.assert_close(loss, expected[model.config.branches])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -265,15 +255,13 @@ def test_what_learns_and_how_fast():
     clip = embed.load_clip()
     config = config_of("--tune-image full --prompt-lr 0.003")
     model = sspa.SSPA(config, clip.model, sspa.labels_of(config, clip, ["sun"]), 0)
-    peaks = {}
-    for group in sspa.optimiser_of(config, model).param_groups:
-        assert group["weight_decay"] == sspa.WEIGHT_DECAY
-        peaks |= dict.fromkeys(group["params"], group["peak"])
-    for name, parameter in model.named_parameters():
-        expected = {"clip": None, "contexts": 0.003}.get(name.split(".")[0], 6e-3)
-        if name.startswith("clip.visual."):
-            expected = pytest.approx(6e-4)
-        assert peaks.get(parameter) == expected, name
+    groups = sspa.optimiser_of(config, model).param_groups
+    others, contexts, tower = [set(group["params"]) for group in groups]
+    assert others == set(model.parameters()) - set(clip.model.parameters()) - contexts
+    assert contexts == {model.contexts}
+    assert tower == set(clip.model.visual.parameters())
+    assert [group["peak"] for group in groups] == pytest.approx([6e-3, 3e-3, 6e-4])
+    assert {group["weight_decay"] for group in groups} == {sspa.WEIGHT_DECAY}
 
 
 def loaded(clip, words, split, count):
@@ -295,13 +283,14 @@ def test_training_starts_at_the_prior_and_averages_the_weights(cache, tmp_path):
         assert torch.sigmoid(logits.mean()).item() == pytest.approx(sspa.PRIOR, rel=1e-4)
     with optimiser_steps() as steps:
         model = sspa.train(config, clip, labels, photos, 0, tmp_path)
-    for place, step in enumerate(steps):
-        assert step[id(model.dsf.bias)][1] == pytest.approx(6e-3 * sspa.warm_up_then_cosine(place, 6))
-    for name, parameter in model.learned().items():
-        expected = start.learned()[name]
-        for decay, step in zip((1 / 10, 2 / 11, 0.25, 0.25, 0.25, 0.25), steps, strict=True):
-            expected = decay * expected + (1 - decay) * step[id(parameter)][0]
-        torch.testing.assert_close(parameter, expected)
+    expected = list(start.learned().values())
+    for place, (others, contexts) in enumerate(steps):
+        assert others["lr"] == pytest.approx(6e-3 * sspa.warm_up_then_cosine(place, 6))
+        decay = min((1 + place) / (10 + place), 0.25)
+        for number, parameter in enumerate(contexts["params"] + others["params"]):
+            expected[number] = decay * expected[number] + (1 - decay) * parameter
+    torch.testing.assert_close(list(model.learned().values()), expected)
+    assert len(steps) == 6
 
 
 def test_every_epoch_has_its_own_order_and_crops(cache, tmp_path):
@@ -378,7 +367,7 @@ CHANGED = """
 --train-count 16
 --test-count 16
 --no-probe
---backbone tiny-ViT
+--backbone tiny
 --pretrained none
 --resolution 96
 --precision bf16
