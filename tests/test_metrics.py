@@ -14,7 +14,7 @@ import metrics
 
 def table(text):
     """"1 0; 0 1" -> array [2, 2]"""
-    return np.array([row.split() for row in text.split(";")], float)
+    return np.loadtxt(text.split(";"), ndmin=2)
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
