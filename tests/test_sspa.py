@@ -265,9 +265,9 @@ def loaded(clip, words, count):
 
 def test_training_starts_at_the_prior_and_averages_the_weights(cache, tmp_path):
     """At the start the sigmoid of the mean logit is PRIOR. The model is the average of the weights after each of six
-    steps, with decays of 1/10, 2/11, 3/12, and of --ema where that is less; the learning rate is the schedule's."""
+    steps, with decays of 1/10, 2/11, ..., and of --ema where that is less; the learning rate is the schedule's."""
     clip = load_once()
-    config, labels, photos = loaded(clip, f"--batch-size 8 --epochs 2 --ema 0.25 --cache {cache}", 24)
+    config, labels, photos = loaded(clip, f"--batch-size 8 --epochs 2 --lr 0.1 --ema 0.38 --cache {cache}", 24)
     start = sspa.SSPA(config, clip.model, labels, 0)
     sspa.set_biases(config, clip, start, photos)
     for logits in start(photos.x0, photos.X)[:2]:
@@ -276,8 +276,8 @@ def test_training_starts_at_the_prior_and_averages_the_weights(cache, tmp_path):
         model = sspa.train(config, clip, labels, photos, 0, tmp_path)
     expected = list(start.learned().values())
     for place, (others, contexts) in enumerate(steps):
-        assert others["lr"] == pytest.approx(6e-3 * sspa.warm_up_then_cosine(place, 6))
-        decay = min((1 + place) / (10 + place), 0.25)
+        assert others["lr"] == pytest.approx(0.1 * sspa.warm_up_then_cosine(place, 6))
+        decay = min((1 + place) / (10 + place), 0.38)
         for number, parameter in enumerate(contexts["params"] + others["params"]):
             expected[number] = decay * expected[number] + (1 - decay) * parameter
     torch.testing.assert_close(list(model.learned().values()), expected)
