@@ -6,6 +6,7 @@ import subprocess
 import sys
 from math import log, sqrt
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -24,8 +25,7 @@ def impl(request):
 
 def matrix(rows):
     """"1 0; 0 1" -> float64 [2, 2]"""
-    rows = [row.split() for row in rows.split(";")]
-    return torch.tensor([[float(cell) for cell in row] for row in rows]).double()
+    return torch.tensor(np.loadtxt(rows.split(";"), ndmin=2))
 
 
 def equal(found, *expected):
