@@ -65,22 +65,29 @@ def test_a_held_file_is_free_after_its_with(tmp_path):
     assert not held.is_locked
 
 
-READ = {"labels.txt": data.read_labels, "d.json": lambda path: data.descriptions_of("voc2007", ["dog"], path),
-        **dict.fromkeys(("t.jsonl", "t.json", "t.txt"), lambda path: data.read_texts(path, ["dog", "cat"])),
-        **dict.fromkeys(("labels.csv", "labels.json"), lambda path: data.load_photos("folder", path.parent, "train"))}
+def read(path):
+    """A file, as what its name says"""
+    names = ["dog", "cat"]
+    match path.name:
+        case "labels.txt":
+            data.read_labels(path)
+        case "labels.csv" | "labels.json":
+            data.load_photos("folder", path.parent, "train")
+        case "d.json":
+            data.descriptions_of("voc2007", names, path)
+        case _:
+            data.read_texts(path, names)
 
 
 @pytest.mark.parametrize("name, content, reason", [
     ("labels.txt", b"\xe9", "utf-8"),
     ("labels.txt", "\n \n", "holds no label"),
-    ("labels.txt", "dog\ncat\nDog", "'Dog' stands twice .entries 1 and 3"),
-    ("labels.txt", "a b\na-b", "stands twice"),
+    ("labels.txt", "a dog\ncat\nA-Dog", "'A-Dog' stands twice .entries 1 and 3"),
     ("labels.txt", "x" * 201, "not a label"),
     ("labels.txt", "a\x07b", "not a label name: 'a.x07b'"),
     ("labels.txt", "a\u202eb", "not a label name"),
     ("t.jsonl", '\n{"text": "a", "labels": ["dgo"]}', "line 2: 'dgo' is not in list; each line must be"),
     ("t.jsonl", "{", "line 1: Expecting"),
-    ("t.jsonl", '{"text": "a", "labels": "dog"}', "line 1: "),
     ("t.json", "[1]", "give COCO's captions"),
     ("t.txt", "cow", "none of 1 texts"),
     ("d.json", '{"dog": 3}', "form"),
@@ -97,7 +104,7 @@ READ = {"labels.txt": data.read_labels, "d.json": lambda path: data.descriptions
 def test_mistakes_in_files(tmp_path, name, content, reason):
     """One line that says what is wrong, and where."""
     with pytest.raises(UsageError, match=reason) as error:
-        READ[name](write(tmp_path / name, content))
+        read(write(tmp_path / name, content))
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
 
@@ -191,9 +198,8 @@ def test_photos_of_a_folder(tmp_path, capsys, monkeypatch):
     assert "1 .heic photos, which Pillow cannot read, are left out" in said
     assert f"2 folders, linked or locked, are left out (first: {tmp_path}/locked)" in said
     assert data.list_photos(notes) == [notes]  # asked for by name
-    for path in (tmp_path / "nowhere", notes.parent):
-        with pytest.raises(UsageError, match=f"^photos {path}: no "):
-            data.list_photos(path)
+    with pytest.raises(UsageError, match=f"^photos {notes.parent}: no photo in this folder; photos end in .jpg "):
+        data.list_photos(notes.parent)
 
 
 @pytest.mark.parametrize("mark, corner", [(1, (0, 0)), (3, (31, 15)), (6, (15, 0)), (8, (0, 31))])
@@ -230,8 +236,8 @@ def test_missing_photos_are_left_out_before_some_are_drawn(tmp_path, capsys):
 
 def test_identity(tmp_path):
     """Follows the labels' content, and the drawing code."""
-    first = data.identity("folder", write(tmp_path / "labels.csv", "file,dog").parent)
-    assert first != data.identity("folder", write(tmp_path / "labels.csv", "file,cat").parent)
+    dog, cat = [data.identity("folder", write(tmp_path / "labels.csv", name).parent) for name in ("dog", "cat")]
+    assert dog != cat
     assert data.identity("scenes", None).startswith(scenes.DIGEST)
 
 
@@ -250,7 +256,6 @@ def test_features(tmp_path):
 @pytest.mark.parametrize("name, value, reason", [
     ("text_labels", np.ones((4, 2)), r"text_labels has shape \[4, 2\], expected \[5, 2\]"),
     ("text_embeddings", np.ones((0, 4)), "text_embeddings has shape"),
-    ("label_names", "a", "label_names has shape"),
     ("label_names", ["a", "A"], "stands twice"),
     ("label_names", [{}, {}], "allow_pickle"),
     ("image_embeddings", np.full((3, 4), np.nan), "image_embeddings .*not finite"),
