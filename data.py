@@ -4,7 +4,6 @@ N photos or texts, C labels. Labels are int8 [N, C]: 1 present, 0 absent, -1 ign
 one line that names the file or option and says what to do. The scripts print it and exit with code 2.
 """
 import csv
-import difflib
 import gzip
 import hashlib
 import json
@@ -14,7 +13,9 @@ import sys
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from os.path import isdir, isfile
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -37,7 +38,7 @@ class MissingFile(UsageError):
 
 def say(message):
     """One line for the person at the terminal. Stderr, so that stdout holds results only."""
-    print(message, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -56,26 +57,32 @@ def reading(path, what, remedy):
         raise MissingFile(f"{what} {path}: no such file; {remedy}") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-    except (AttributeError, IndexError, KeyError, TypeError) as error:  # code that met a file of another form
-        reason = f"not in the form expected ({error!r:.120})"
-    except Exception as error:  # the libraries that read files raise many kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    except ValueError as error:
+        reason = shorten(str(error), 200)
+    except Exception as error:  # code that met a file of another form, or a library, which may raise any kind
+        reason = f"not in the form expected ({error!r:.200})"
     raise UsageError(f"{what} {path}: {reason}; {remedy}")
 
 
-def read_text(path, what, remedy="give a UTF-8 text file"):
+def read_text(path, what):
     """The text of a UTF-8 file, with or without a byte order mark, plain or gzip (.gz). Raises UsageError."""
-    with reading(path, what, remedy) as path:
+    with reading(path, what, "give a UTF-8 text file") as path:
         content = path.read_bytes()
         if path.suffix == ".gz":
             content = gzip.decompress(content)
         return content.decode("utf-8-sig")
 
 
-def read_json(path, what, remedy="give valid JSON"):
+def lines_of(path, what):
+    """The lines of a text file that are not blank, stripped. Raises UsageError."""
+    lines = read_text(path, what).split("\n")  # splitlines cuts at U+2028 too
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_json(path, what):
     """The value in a JSON file, plain or gzip. Raises UsageError."""
-    with reading(path, what, remedy):
-        return json.loads(read_text(path, what, remedy))
+    with reading(path, what, "give valid JSON"):
+        return json.loads(read_text(path, what))
 
 
 def write_atomically(path, content):
@@ -117,8 +124,7 @@ def hold(path, what):
         try:
             lock.acquire()
         except Timeout:
-            remedy = "wait for it, or choose another folder"
-            raise UsageError(f"{what}: another run is writing it; {remedy}") from None
+            raise UsageError(f"{what}: another run is writing it; wait for it, or choose another folder") from None
     return lock
 
 
@@ -131,7 +137,7 @@ def digest(path):
 # --- label names ------------------------------------------------------------------------------------------------------
 
 # {dataset: {a label as its files spell it: words for a prompt}}, in the order of the labels' columns
-LABEL_WORDS = read_json(ASSETS / "labels" / "names.json", "label names")
+LABEL_WORDS = read_json(ASSETS / "labels/names.json", "label names")
 DATASETS = ("scenes", *LABEL_WORDS, "folder")
 
 
@@ -163,9 +169,8 @@ def check_names(names, source):
 
 def read_labels(path):
     """A label file, one name a line, UTF-8, blank lines skipped -> list of str. Raises UsageError."""
-    lines = read_text(path, "label file").split("\n")
-    names = check_names([line.strip() for line in lines if line.strip()], f"label file {path}")
-    odd = [name for name in names if name[0] in "#-*" or "," in name]
+    names = check_names(lines_of(path, "label file"), f"label file {path}")
+    odd = [name for name in names if re.match("[#*-]|.*,", name)]
     if odd:
         say(f"{path}: '{odd[0]}' is taken as a label, word by word; one name a line, without marks and commas")
     return names
@@ -174,7 +179,7 @@ def read_labels(path):
 def label_names(dataset, root=None):
     """Readable label names of a dataset, in the order of its labels' columns; those of "folder" are in its own file."""
     if dataset == "scenes":
-        return list(scenes.NAMES)
+        return scenes.NAMES
     if dataset == "folder":
         return load_photos("folder", root, "train").names
     return list(LABEL_WORDS[dataset].values())
@@ -182,7 +187,7 @@ def label_names(dataset, root=None):
 
 def synonyms_of(names, dataset=None):
     """{name: [other words for it]}, where a dataset has some; "" holds phrases that name no label ("hot dog")."""
-    path = ASSETS / "labels" / f"{dataset}.json"
+    path = ASSETS / f"labels/{dataset}.json"
     table = read_json(path, "synonyms") if path.is_file() else {}
     return {name: table.get(name, []) for name in ["", *names]}
 
@@ -194,14 +199,13 @@ IRREGULAR_PLURALS = {"man": "men", "woman": "women", "child": "children", "perso
 
 
 def plurals(words):
-    """Regular plurals of a noun phrase, or the irregular one."""
-    before, space, last = words.rpartition(" ")
+    """Regular plurals of a noun phrase, or the irregular one. -> set of str"""
+    last = words.split(" ")[-1]
     if last in IRREGULAR_PLURALS:
-        return [before + space + IRREGULAR_PLURALS[last]]
-    for ending, plural in (("([^aeiou])y$", r"\1ies"), ("fe?$", "ves"), ("(s|x|z|ch|sh|o)$", r"\1es")):
-        if re.search(ending, words):
-            return [words + "s", re.sub(ending, plural, words)]
-    return [words + "s"]
+        return {words.removesuffix(last) + IRREGULAR_PLURALS[last]}
+    endings = (("([^aeiou])y$", r"\1ies"), ("fe?$", "ves"), ("(s|x|z|ch|sh|o)$", r"\1es"))
+    changed = [re.sub(ending, plural, words) for ending, plural in endings]
+    return {words + "s", *changed} - {words}
 
 
 def noun_finder(names, synonyms=None):
@@ -214,117 +218,106 @@ def noun_finder(names, synonyms=None):
             phrases += [(plain(word), column) for word in synonyms.get(name, [])]
     phrases += [(plural, column) for phrase, column in phrases for plural in plurals(phrase)]
     column_of = dict(reversed(phrases))  # of equal phrases the first counts
-    longest_first = sorted(column_of, key=len, reverse=True)
-    spellings = [re.escape(phrase).replace(r"\ ", r"[\s-]+") for phrase in longest_first]
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(spellings)})(?!\w)")
+    longest_first = "|".join(map(re.escape, sorted(column_of, key=len, reverse=True)))
+    pattern = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)".replace(r"\ ", r"[\s-]+"))
 
     def find(text):
         return [(column_of[plain(found.group())], *found.span()) for found in pattern.finditer(fold(text))]
     return find
 
 
-def no_labels(texts, names):
-    """int8 [N, C], all absent"""
-    return np.zeros((len(texts), len(names)), np.int8)
+def one_hot(marked, names):
+    """The names that each of N rows has, or the columns where names is a range -> int8 [N, C]"""
+    return np.array([[name in row for name in names] for row in marked], np.int8).reshape(-1, len(names))
 
 
 def match_nouns(texts, names, synonyms=None):
     """Labels of sentences by the words in them, as noun_finder finds them (TaI-DPT's way). -> int8 [N, C]"""
     find = noun_finder(names, synonyms)
-    labels = no_labels(texts, names)
-    for row, text in enumerate(texts):
-        for column, _, _ in find(text):
-            if column is not None:
-                labels[row, column] = 1
-    return labels
+    found = [{column for column, _, _ in find(text)} for text in texts]
+    return one_hot(found, range(len(names)))
 
 
 def read_labelled_texts(path, names):
     """Lines {"text": str, "labels": [names]} of a .jsonl file -> (list of str, int8 [N, C]). Raises UsageError."""
     texts = []
-    labels = []
+    columns = []
     for number, line in enumerate(read_text(path, "text file").split("\n"), 1):
-        if not line.strip():
-            continue
-        remedy = 'each line must be {"text": ..., "labels": [label names]}'
+        remedy = 'each line must be {"text": ..., "labels": [names in the list of labels]}'
         with reading(f"{path}, line {number}", "text file", remedy):
+            if not line.strip():
+                continue
             entry = json.loads(line)
-            marked = list.copy(entry["labels"])  # raises TypeError for anything but a list
-            for label in marked:
-                if label not in names:
-                    near = difflib.get_close_matches(str(label), names, 1, 0)
-                    raise ValueError(f"label '{label}' is not in the label list, where the nearest is {near}")
-            if entry["text"].strip():
-                texts.append(entry["text"].strip())
-                labels.append([name in marked for name in names])
-    return texts, np.array(labels, np.int8).reshape(-1, len(names))
+            marked = [names.index(label) for label in entry["labels"]]
+            text = entry["text"].strip()
+        if text:
+            texts.append(text)
+            columns.append(marked)
+    return texts, one_hot(columns, range(len(names)))
 
 
-def read_captions(path, form):
+def read_captions(path):
     """The captions of a file of COCO's form (".json"), else its lines -> list of str. Raises UsageError."""
-    if form == ".json":
-        with reading(path, "text file", "give COCO's captions"):
-            captions = [entry["caption"] for entry in read_json(path, "text file")["annotations"]]
-    else:
-        captions = read_text(path, "text file").split("\n")  # splitlines cuts at U+2028 too
-    return [caption.strip() for caption in captions if caption.strip()]
+    if ".json" not in Path(path).suffixes:
+        return lines_of(path, "text file")
+    with reading(path, "text file", "give COCO's captions"):
+        return [entry["caption"].strip() for entry in read_json(path, "text file")["annotations"]]
+
+
+def labelled(texts, labels):
+    """The texts that have a label, and their labels"""
+    rows = np.flatnonzero(labels.any(1))
+    return [texts[row] for row in rows], labels[rows]
 
 
 def read_texts(path, names, synonyms=None):
     """Training texts of a file, plain or gzip -> (list of str, int8 [N, C]); those without a label are left out.
     .jsonl: lines {"text": str, "labels": [names]}; a label not among names is refused: dropped, it would seem absent.
     .json: COCO's captions, anything else: a caption a line; both labelled by match_nouns. Raises UsageError."""
-    form = Path(str(path).removesuffix(".gz")).suffix
-    if form == ".jsonl":
+    if ".jsonl" in Path(path).suffixes:
         texts, labels = read_labelled_texts(path, names)
     else:
-        texts = read_captions(path, form)
+        texts = read_captions(path)
         labels = match_nouns(texts, names, synonyms)
-    rows = np.flatnonzero(labels.any(1))
-    if not len(rows):
+    found, labels = labelled(texts, labels)
+    if not found:
         raise UsageError(f"text file {path}: none of {len(texts)} texts has one of the {len(names)} labels; check both")
-    if len(rows) < len(texts):
-        say(f"{path}: {len(rows)} of {len(texts)} texts have a label, the others are left out")
-    return [texts[row] for row in rows], labels[rows]
+    if len(found) < len(texts):
+        say(f"{path}: {len(found)} of {len(texts)} texts have a label, the others are left out")
+    return found, labels
 
 
 def descriptions_of(dataset, names, path=None):
     """What each label looks like -> {name: sentence}; from path, else assets/descriptions/<dataset>.json, in the form
     {"descriptions": {name: sentence}} or the inner table alone. Labels without a sentence are left out and named: the
     caller's template stands alone there. Raises UsageError for another form, or if no label is described."""
-    source = path or ASSETS / "descriptions" / f"{dataset}.json"
+    source = path or ASSETS / f"descriptions/{dataset}.json"
     if path is None and not source.is_file():
         say(f"{dataset}: no descriptions of its labels, the template stands alone; --descriptions FILE gives them")
         return {}
     with reading(source, "description file", 'it must be {"descriptions": {label: sentence, ...}}'):
-        content = read_json(source, "description file")
-        content = content.get("descriptions", content)
-        table = {name: " ".join(text.split()) for name, text in content.items()}
+        table = read_json(source, "description file")
+        table = {name: " ".join(text.split()) for name, text in table.get("descriptions", table).items()}
     found = {name: table[name] for name in names if table.get(name)}
-    missing = [name for name in names if name not in found]
-    extra = [name for name in table if name not in names]
     if path and not found:
-        raise UsageError(f"description file {path}: describes none of {', '.join(names[:5])} ...; check the names")
+        raise UsageError(f"description file {path}: describes none of the labels ('{names[0]}' ...); check the names")
+    missing = ", ".join(name for name in names if name not in found)
     if missing:
-        some = ", ".join(missing[:10])
-        say(f"{source}: the template stands alone for {len(missing)} of {len(names)} labels ({some})")
-    if path and extra:
-        say(f"{path}: {len(extra)} descriptions of other labels not used ({', '.join(extra[:5])})")
+        say(f"{source}: describes {len(found)} of {len(names)} labels; the template stands alone for {missing:.200}")
     return found
 
 
 def default_texts(dataset, names, count):
     """Texts where the user gives none -> (list of str, int8 [N, C], what they are): of the scenes grammar where it
     knows every label, else sentences of a fixed pattern."""
-    if dataset != "scenes" or not set(names) <= set(scenes.NAMES):
+    if dataset != "scenes" or not set(names).issubset(scenes.NAMES):
         say(f"no --texts: training on {count} template sentences (written by a fixed pattern, not by a language model)")
         return *template_texts(names, count), "template sentences"
     texts, labels = scenes.sentences(count, 0)
     labels = labels[:, [scenes.NAMES.index(name) for name in names]].astype(np.int8)
-    rows = np.arange(count)
     if len(names) >= FEW:
-        rows = np.flatnonzero(labels.any(1))
-    return [texts[row] for row in rows], labels[rows], "sentences of the scenes grammar"
+        texts, labels = labelled(texts, labels)
+    return texts, labels, "sentences of the scenes grammar"
 
 
 def template_texts(names, count):
@@ -332,22 +325,24 @@ def template_texts(names, count):
     openers = ("a photo of", "a picture of", "there is", "we see", "a photo with", "here is")
     rng = np.random.default_rng(0)
     texts = []
-    labels = no_labels(range(count), names)
-    for row in range(count):
-        if row % len(names) == 0:
-            order = rng.permutation(len(names))
-        others = rng.permutation(len(names))[:rng.integers(0, min(5, len(names)))]
-        chosen = list(dict.fromkeys([order[row % len(names)], *others]))  # each once, in this order
-        labels[row, chosen] = 1
-        words = [with_article(names[label]) for label in chosen]
-        listed = " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    columns = []
+    order = []
+    for _ in range(count):
+        if not order:
+            order = rng.permutation(len(names)).tolist()
+        first = order.pop(0)
+        others = rng.permutation(len(names))[:rng.integers(min(5, len(names)))]
+        chosen = [first, *others[others != first]]
+        words = [with_article(names[column]) for column in chosen]
+        listed = f"{', '.join(words[:-1])} and {words[-1]}".removeprefix(" and ")
         texts.append(f"{openers[rng.integers(len(openers))]} {listed}.")
-    return texts, labels
+        columns.append(chosen)
+    return texts, one_hot(columns, range(len(names)))
 
 
 def with_article(name):
     """an apple, a dog"""
-    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+    return f"an {name}" if name[0] in "aeiouAEIOU" else f"a {name}"
 
 
 def with_negatives(texts, labels, names):
@@ -356,9 +351,11 @@ def with_negatives(texts, labels, names):
     find = noun_finder(names)
     more = []
     for path in sorted((ASSETS / "texts").glob("*.jsonl.gz")):
-        shipped = [json.loads(line)["text"] for line in read_text(path, "shipped texts").splitlines()]
-        more += [text for text in shipped if not find(text)]
-    return [*texts, *more], np.concatenate([labels, no_labels(more, names)])
+        for line in lines_of(path, "shipped texts"):
+            text = json.loads(line)["text"]
+            if not find(text):
+                more.append(text)
+    return [*texts, *more], np.pad(labels, ((0, len(more)), (0, 0)))  # rows of 0
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
@@ -372,24 +369,24 @@ def list_photos(path):
     photos = []
     heic = []
     closed = []
-    errors = []
-    for folder, inner, files in os.walk(path, onerror=errors.append):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        closed += filter(os.path.islink, [os.path.join(folder, name) for name in inner])
-        for file in [Path(folder, name) for name in files if not name.startswith(".")]:
-            if file.suffix.lower() in (".heic", ".heif"):
-                heic.append(file)
-            elif file.suffix.lower() in PHOTO_SUFFIXES and file.is_file():
-                photos.append(file)
-    closed += [error.filename for error in errors]
-    if closed and path.exists():
-        say(f"{path}: {len(closed)} folders, linked or locked, are left out (first: {min(closed)})")
-    if heic:
-        say(f"{path}: {len(heic)} .heic photos, which Pillow cannot read, are left out (first: {min(heic)})")
+    for file in sorted(path.rglob("*")):  # which does not enter linked folders
+        suffix = file.suffix.lower()
+        if "/." in f"/{file.relative_to(path)}":
+            continue  # hidden
+        if isdir(file):
+            if file.is_symlink() or not os.access(file, os.R_OK | os.X_OK):
+                closed.append(file)
+        elif suffix in (".heic", ".heif"):
+            heic.append(file)
+        elif suffix in PHOTO_SUFFIXES and isfile(file):
+            photos.append(file)
+    for files, what in ((closed, "folders, linked or locked"), (heic, ".heic photos, which Pillow cannot read")):
+        if files:
+            say(f"{path}: {len(files)} {what}, are left out (first: {files[0]})")
     if not photos:
         reason = "no photo in this folder" if path.exists() else "no such file or folder"
         raise UsageError(f"photos {path}: {reason}; photos end in {' '.join(PHOTO_SUFFIXES)}")
-    return sorted(photos)
+    return photos
 
 
 def open_photo(photo):
@@ -399,7 +396,7 @@ def open_photo(photo):
     with Image.open(photo) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
         if image.mode in ("I", "F"):
             raise ValueError("32 bits a pixel; convert it to 8 or 16")
         return image.convert("RGB")
@@ -467,37 +464,30 @@ def read_table(path, dataset=None):
         if path.suffix == ".json":
             marked = {file: list.copy(labels) for file, labels in read_json(path, "labels").items()}
             names = check_names(sorted(set().union(*marked.values())), path)
-            labels = [[name in marks for name in names] for marks in marked.values()]
-            return Table(list(marked), names, np.array(labels, np.int8), [])
-        lines = read_text(path, "labels").splitlines()
+            return Table(list(marked), names, one_hot(marked.values(), names), [])
+        lines = [line for line in read_text(path, "labels").splitlines() if line.strip(",;\t ")]
         separator = max(",;\t", key=lines[0].count)
-        header, *rows = filter(any, csv.reader(lines, delimiter=separator, skipinitialspace=True))
-        names = check_header(header, path, dataset)
-        columns = [header.index(name, 1) for name in names]
-        splits = [row[header.index("split")] for row in rows] if "split" in header else []
+        rows = csv.DictReader(lines, restval="", delimiter=separator, skipinitialspace=True)
+        first, *titles = rows.fieldnames
+        titles = [title for title in titles if title not in ("", "split")]
+        if {"0", "1", "-1"} & set(titles):
+            raise ValueError("the first line must name the columns, a label each")
+        check_names(titles, path)
+        names = list(LABEL_WORDS.get(dataset, titles))
+        odd = sorted(set(names) ^ set(titles))
+        if odd:
+            raise ValueError(f"the header has or lacks {', '.join(odd[:5])}")
+        rows = list(rows)
         marks_of = {}
         labels = []
         for row in rows:
-            with reading(f"{path}, row of {row[0]}", "labels", remedy):
-                marks = [{1: 1, 0: 0, -1: -1}[float(row[column])] for column in columns]
-                if marks_of.setdefault(row[0], marks) != marks:
+            with reading(f"{path}, row of {row[first]}", "labels", remedy):
+                marks = [{1: 1, 0: 0, -1: -1}[float(row[name])] for name in names]
+                if marks_of.setdefault(row[first], marks) != marks:
                     raise ValueError("the file stands twice with other labels")
             labels.append(marks)
-        labels = np.array(labels, np.int8).reshape(-1, len(names))
-        return Table([row[0] for row in rows], names, labels, splits)
-
-
-def check_header(header, path, dataset):
-    """The label names in the first line of a table; of a dataset, its own, in its own order. Raises ValueError."""
-    titles = [title for title in header[1:] if title not in ("", "split")]
-    if {"0", "1", "-1"} & set(titles):
-        raise ValueError("the first line must name the columns, a label each")
-    check_names(titles, path)
-    names = titles if dataset is None else list(LABEL_WORDS[dataset])
-    odd = sorted(set(names) ^ set(titles))
-    if odd:
-        raise ValueError(f"the header has or lacks {', '.join(odd[:5])}")
-    return names
+        splits = [row["split"] for row in rows if "split" in row]
+        return Table([row[first] for row in rows], names, np.array(labels, np.int8), splits)
 
 
 FEATURE_AXES = {"text_embeddings": "ND", "text_labels": "NC", "image_embeddings": "MD", "image_labels": "MC",
@@ -508,21 +498,24 @@ def load_features(path):
     """Ready-made embeddings of any encoder pair, one .npz (no pickles): text_embeddings [N, D], text_labels [N, C],
     image_embeddings [M, D], image_labels [M, C], label_embeddings [C, D], label_names [C]; labels are 1, 0 or -1.
     -> {name: float32 or int8 array, list of str for label_names}. Raises UsageError where one lacks or does not fit."""
-    with reading(path, "features file", f"it must be an .npz without pickles of {', '.join(FEATURE_AXES)}"):
-        sizes = {}
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in FEATURE_AXES}
+    arrays = {}
+    sizes = {}
+    remedy = f"it must be an .npz without pickles of {', '.join(FEATURE_AXES)}"
+    with reading(path, "features file", remedy), np.load(path, allow_pickle=False) as stored:
         for name, axes in FEATURE_AXES.items():
-            shape = arrays[name].shape
+            array = stored[name]
+            shape = list(array.shape)
             expected = [sizes.setdefault(axis, size) for axis, size in zip(axes, shape, strict=False)]
-            if len(shape) != len(axes) or list(shape) != expected or 0 in shape:
-                raise ValueError(f"{name} has shape {list(shape)}, expected {expected}")
-        names = check_names(arrays.pop("label_names").astype(str).tolist(), f"features file {path}")
-        for name, array in arrays.items():
-            if array.dtype.kind not in "fiub" or not np.isfinite(array).all():
+            if array.ndim != len(axes) or shape != expected or 0 in shape:
+                raise ValueError(f"{name} has shape {shape}, expected {expected}")
+            if name == "label_names":
+                arrays[name] = check_names(array.astype(str).tolist(), f"features file {path}")
+            elif name.endswith("_labels"):
+                if not np.isin(array, (-1, 0, 1)).all():
+                    raise ValueError(f"{name} must hold 1 (present), 0 (absent) or -1 (ignored) only")
+                arrays[name] = array.astype(np.int8)
+            elif np.isfinite(array).all():
+                arrays[name] = array.astype(np.float32)
+            else:
                 raise ValueError(f"{name} holds values that are not finite numbers")
-            is_labels = name.endswith("_labels")
-            if is_labels and not np.isin(array, (-1, 0, 1)).all():
-                raise ValueError(f"{name} must hold 1 (present), 0 (absent) or -1 (ignored) only")
-            arrays[name] = array.astype(np.int8 if is_labels else np.float32)
-        return {**arrays, "label_names": names}
+    return arrays

@@ -7,8 +7,11 @@ else there is to know about it. A tenth set is one function and one entry there 
 """
 import argparse
 import os
+import re
 import sys
 from functools import lru_cache
+from itertools import product
+from operator import itemgetter
 from os.path import exists, isfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -27,8 +30,9 @@ from data import (
     UsageError,
     drawn,
     label_names,
+    lines_of,
     list_photos,
-    no_labels,
+    one_hot,
     open_photo,
     read_json,
     read_table,
@@ -49,8 +53,8 @@ def voc_things(path):
             name = thing.findtext("name").strip()
             name = LABEL_WORDS["voc2007"].get(name, name)
             sides = [float(thing.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
-            clear = thing.findtext("difficult", "0").strip() != "1"
-            found.append((name, sides[0] - 1, sides[1] - 1, sides[2], sides[3], clear))  # VOC counts pixels from 1
+            place = np.array(sides) - (1, 1, 0, 0)  # VOC counts pixels from 1
+            found.append((name, *place, thing.findtext("difficult", "0").strip() != "1"))
         return found, (int(root.findtext("size/width")), int(root.findtext("size/height")))
 
 
@@ -59,14 +63,12 @@ def coco_things(path):
     """Instances of COCO's form -> {photo's file: as voc_things}; clear: no crowd. Raises UsageError."""
     with reading(path, "annotations", "give COCO's instances, with all photos and categories"):
         content = read_json(path, "annotations")
-        words = LABEL_WORDS["coco2014"]
-        names = {entry["id"]: words.get(entry["name"], entry["name"]) for entry in content["categories"]}
+        names = {entry["id"]: entry["name"] for entry in content["categories"]}  # ours are spelt alike
         things_of = {entry["id"]: ([], (entry["width"], entry["height"])) for entry in content["images"]}
         for entry in content["annotations"]:
             left, top, width, height = entry["bbox"]
-            place = (left, top, left + width, top + height)
-            clear = not entry.get("iscrowd")
-            things_of[entry["image_id"]][0].append((names[entry["category_id"]], *place, clear))
+            thing = (names[entry["category_id"]], left, top, left + width, top + height, not entry.get("iscrowd"))
+            things_of[entry["image_id"]][0].append(thing)
         return {entry["file_name"]: things_of[entry["id"]] for entry in content["images"]}
 
 
@@ -76,9 +78,9 @@ def scene_of(photo):
         return photo
     if photo.suffix == ".png":
         with Image.open(photo) as image:
-            split, _, index = image.info.get("scenes", "").partition(" ")
-        if split in scenes.SPLITS and index.isdecimal():
-            return split, int(index)
+            mark = re.fullmatch("(train|test) ([0-9]+)", image.info.get("scenes", ""))
+        if mark:
+            return mark[1], int(mark[2])
     return None
 
 
@@ -126,11 +128,10 @@ def find_files(root, folders, *markers):
     """The first of root/<folder>, and root itself, that holds one of the markers, files or folders
     -> (that folder, path of the marker). Raises MissingFile, which names a place one level down that does."""
     def look(root):
-        for folder in (*folders, "."):
-            for marker in markers:
-                path = root / folder / marker
-                if exists(path):
-                    return root / folder, path
+        for folder, marker in product((*folders, "."), markers):
+            path = root / folder / marker
+            if exists(path):
+                return root / folder, path
     root = Path(root)
     found = look(root)
     if found:
@@ -142,11 +143,17 @@ def find_files(root, folders, *markers):
     raise MissingFile(f"no {' or '.join(markers[:2])} under {root}{hint}")
 
 
+def read_matlab(path):
+    """The variables in a MATLAB file -> dict; structs are dicts, too. Raises UsageError."""
+    with reading(path, "labels", "fetch it again"):
+        return loadmat(path, simplify_cells=True)
+
+
 def shared_out(count, seed, **shares):
     """Rows 0 .. count-1, shuffled by the seed and cut at the shares (train=0.8, test=0.2) -> {part: sorted rows}"""
     order = np.random.default_rng(seed).permutation(count)
     ends = np.round(np.cumsum(list(shares.values())) * count).astype(int)
-    return {part: np.sort(rows) for part, rows in zip(shares, np.split(order, ends[:-1]), strict=True)}
+    return {part: np.sort(rows) for part, rows in zip(shares, np.split(order, ends), strict=False)}
 
 
 def parts_of(split, validation):
@@ -180,15 +187,11 @@ def voc2007(root, split, difficult="ignore"):
     base, lists = find_files(root, ("VOCdevkit/VOC2007", "VOC2007"), "ImageSets/Main")
     ids = read_text(lists / f"{part}.txt", "image list").split()
     names = label_names("voc2007")
-    labels = no_labels(ids, names)
+    labels = np.zeros((len(ids), len(names)), np.int8)
     for row, photo in enumerate(ids):
-        with reading(base / f"Annotations/{photo}.xml", "annotation", "unpack it again") as path:
-            for name, *_, clear in voc_things(path)[0]:
-                column = names.index(name)
-                if clear:
-                    labels[row, column] = 1
-                elif labels[row, column] == 0:
-                    labels[row, column] = doubtful
+        things, _ = voc_things(base / f"Annotations/{photo}.xml")
+        for name, *_, clear in sorted(things, key=itemgetter(-1)):  # the clear ones last, so that they count
+            labels[row, names.index(name)] = 1 if clear else doubtful
     return LabelledPhotos([base / f"JPEGImages/{photo}.jpg" for photo in ids], labels, f"difficult={difficult}")
 
 
@@ -200,12 +203,9 @@ def coco2014(root, split, unlabelled="keep"):
     base, path = find_files(root, ("coco2014", "coco", "COCO", "coco2017"), *markers)
     part = path.stem.removeprefix("instances_")  # the photos' folder
     names = label_names("coco2014")
-    with reading(path, "annotations", "give COCO's instances, with all photos and categories"):
-        things_of = coco_things(path)
-        labels = no_labels(things_of, names)
-        for row, (things, _) in enumerate(things_of.values()):
-            for name, *_ in things:
-                labels[row, names.index(name)] = 1
+    things_of = coco_things(path)
+    columns = [{names.index(name) for name, *_ in things} for things, _ in things_of.values()]
+    labels = one_hot(columns, range(len(names)))
     policy = f"{part}, crowds count, unlabelled={unlabelled}"
     found = LabelledPhotos([base / part / file for file in things_of], labels, policy)
     return treat_unlabelled(found, unlabelled)
@@ -216,8 +216,7 @@ def nuswide(root, split, unlabelled="keep"):
     unlabelled: photos without any label are kept (161,789 / 107,859) or dropped (125,449 / 83,898)."""
     part = split.capitalize()
     base, path = find_files(root, ("nuswide", "NUS-WIDE", "NUSWIDE", "nus_wide"), f"ImageList/{part}Imagelist.txt")
-    lines = read_text(path, "image list").replace("\\", "/").splitlines()
-    files = [line.strip() for line in lines if line.strip()]
+    files = [line.replace("\\", "/") for line in lines_of(path, "image list")]
     _, folder = find_files(base, ("Groundtruth", "GroundTruth"), "TrainTestLabels")
     labels = []
     for concept in LABEL_WORDS["nuswide"]:
@@ -239,11 +238,10 @@ def pa100k(root, split, validation="train"):
     base, path = find_files(root, ("pa100k", "PA100k", "PA-100K", "PA100K"), "annotation.mat")
     _, folder = find_files(base, (), "release_data/release_data", "release_data", "data")
     parts = parts_of(split, validation)
-    with reading(path, "labels", "fetch it again"):
-        content = loadmat(path, simplify_cells=True)
-        values = np.concatenate([content[f"{part}_label"] for part in parts])
-        labels = pick_attributes(values, content["attributes"], "pa100k")
-        photos = [folder / file for part in parts for file in content[f"{part}_images_name"]]
+    content = read_matlab(path)
+    values = np.concatenate([content[f"{part}_label"] for part in parts])
+    labels = pick_attributes(values, content["attributes"], "pa100k")
+    photos = [folder / file for part in parts for file in content[f"{part}_images_name"]]
     return LabelledPhotos(photos, labels, f"validation={validation}")
 
 
@@ -251,11 +249,10 @@ def rapv1(root, split, partition="0"):
     """RAP 1, 51 of its 92 attributes. partition: which of the owners' five."""
     markers = ("RAP_annotation.mat", "RAP_annotation/RAP_annotation.mat")
     base, path = find_files(root, ("rapv1", "RAP", "rap", "RAPv1"), *markers)
-    with reading(path, "labels", "fetch it again"):
-        content = loadmat(path, simplify_cells=True)["RAP_annotation"]
-        rows = content["partion"][int(partition)][f"{split}_index"] - 1
-        labels = pick_attributes(content["label"][rows], content["attribute_eng"], "rapv1")
-        photos = [base / "RAP_dataset" / file for file in content["imagesname"][rows]]
+    content = read_matlab(path)["RAP_annotation"]
+    rows = content["partion"][int(partition)][f"{split}_index"] - 1
+    labels = pick_attributes(content["label"][rows], content["attribute_eng"], "rapv1")
+    photos = [base / "RAP_dataset" / file for file in content["imagesname"][rows]]
     return LabelledPhotos(photos, labels, f"partition={partition}")
 
 
@@ -263,12 +260,11 @@ def peta(root, split, partition="0", validation="train"):
     """PETA, 35 of its 105 attributes; value 2 means absent. partition: which of the owners' five. validation: the
     validation photos are trained on or dropped."""
     base, path = find_files(root, ("peta", "PETA"), "PETA.mat")
-    with reading(path, "labels", "fetch it again"):
-        content = loadmat(path, simplify_cells=True)["peta"]
-        rows_of = content["partion_attribute"][int(partition)]
-        numbers = np.concatenate([rows_of[part] for part in parts_of(split, validation)])  # from 1
-        values = content["data"][numbers - 1, 4:]  # four other columns go before
-        labels = pick_attributes(values, content["attribute"], "peta")
+    content = read_matlab(path)["peta"]
+    rows_of = content["partion_attribute"][int(partition)]
+    numbers = np.concatenate([rows_of[part] for part in parts_of(split, validation)])  # from 1
+    values = content["data"][numbers - 1, 4:]  # four other columns go before
+    labels = pick_attributes(values, content["attribute"], "peta")
     photos = [base / f"images/{number:05d}.png" for number in numbers]
     return LabelledPhotos(photos, labels, f"partition={partition}, validation={validation}")
 
@@ -289,17 +285,13 @@ def mlrsnet(root, split, validation="train", split_seed=0):
     tables = {path.stem: read_table(path, "mlrsnet") for path in sorted(folder.glob("*.csv"))}
     photos = []
     labels = []
-    count = 0
     for category, table in tables.items():
         rows_of = shared_out(len(table.files), split_seed, train=0.4, val=0.1, test=0.5)
         for row in np.concatenate([rows_of[part] for part in parts_of(split, validation)]):
             photos.append(base / "Images" / category / table.files[row])
             labels.append(table.labels[row])
-        count += len(table.files)
     doubts = []
-    for path in sorted((base / "Images").glob("*")):
-        if path.is_dir() and path.name not in tables:
-            doubts.append(f"no CSV for the photos of {path.name}: left out")
+    count = sum(len(table.files) for table in tables.values())
     if count != 109161:
         doubts.append(f"{len(tables)} categories with {count:,} photos, 46 with 109,161 published")
     policy = f"{len(tables)} categories, 40/10/50 % of each by seed {split_seed}, validation={validation}"
@@ -324,7 +316,7 @@ def folder(root, split, split_seed=0):
     table = read_table(path)
     if table.splits:
         policy = "split by its own column"
-        rows = [row for row, part in enumerate(table.splits) if part == split]
+        rows = np.flatnonzero(np.array(table.splits) == split)
         odd = set(table.splits) - {"train", "test"}
         if odd:
             raise UsageError(f"{path}: the column split must say train or test, not '{min(odd)}'")
@@ -438,30 +430,6 @@ def parse_policy(dataset, words):
     return policies
 
 
-def read(dataset, root, split, policies):
-    """All photos of a dataset that exist -> LabelledPhotos; policies: keyword arguments of its reader. Raises
-    UsageError; for missing files it says what was expected, and who publishes it."""
-    entry = READERS[dataset]
-    try:
-        found = entry["reader"](root, split, **policies)
-        there = np.array([isfile(photo) for photo in found.photos], bool)
-        if not there.any():
-            raise MissingFile(f"none of its {len(there):,} photos is there (first: {[*found.photos, '-'][0]})")
-    except MissingFile as error:
-        source = entry["source"].replace("<root>", str(root))
-        raise UsageError(f"{dataset}: {error}; expected {Path(root)}/{entry['files']}; {source}") from None
-    except UsageError as error:
-        raise UsageError(f"{dataset}: {error}") from None
-    gone = np.flatnonzero(~there)
-    if len(gone):
-        first = found.photos[gone[0]]
-        found.doubts.append(f"{len(gone):,} of {len(there):,} photos missing, left out (first: {first})")
-    found.policy = "; ".join([found.policy, *found.doubts])
-    if not found.names:
-        found.names = label_names(dataset)
-    return found.at(np.flatnonzero(there))
-
-
 def load_photos(dataset, root, split, count, policy):
     """data.load_photos"""
     policies = parse_policy(dataset, policy)
@@ -470,40 +438,48 @@ def load_photos(dataset, root, split, count, policy):
         photos = [(split, index) for index in drawn(total, count).tolist()]
         labels = np.array([scenes.labels_of(*photo) for photo in photos], np.int8)
         return LabelledPhotos(photos, labels, "all things drawn are labelled, hidden ones too", [], scenes.NAMES)
-    found = read(dataset, root, split, policies)
+    entry = READERS[dataset]
+    try:
+        with reading(root, "label files under", "fetch them again"):
+            found = entry["reader"](root, split, **policies)
+        there = [isfile(photo) for photo in found.photos]
+        if not any(there):
+            raise MissingFile(f"none of its {len(there):,} photos is there (first: {[*found.photos, '-'][0]})")
+    except UsageError as error:
+        message = f"{dataset}: {error}"
+        if isinstance(error, MissingFile):
+            message += f"; expected {root}/{entry['files']}; {entry['source'].replace('<root>', str(root))}"
+        raise UsageError(message) from None
+    if not all(there):
+        first = found.photos[there.index(False)]
+        found.doubts.append(f"{there.count(False):,} of {len(there):,} photos missing, left out (first: {first})")
     for doubt in found.doubts:
         say(f"{dataset}: {doubt}")
-    return found.at(drawn(len(found.photos), count))
+    found.policy = "; ".join([found.policy, *found.doubts])
+    found.names = found.names or label_names(dataset)
+    rows = np.flatnonzero(there)
+    return found.at(rows[drawn(len(rows), count)])
 
 
 # --- python datasets.py --check ---------------------------------------------------------------------------------------
 
 # {dataset, perhaps with a policy or its test photos' folder: [photos for training, for test], as the owners count them}
-PUBLISHED = read_json(ASSETS / "labels" / "published.json", "published counts")
-
-
-def published_counts(variants):
-    """[photos for training, photos for test] of the first variant that is known; None where not stated."""
-    for variant in variants:
-        if variant in PUBLISHED:
-            return PUBLISHED[variant]
-    return None, None
+PUBLISHED = read_json(ASSETS / "labels/published.json", "published counts")
 
 
 def look_over(split, found, expected):
     """Print counts of one part beside the published one -> list of what looks wrong."""
     count = len(found.photos)
     present = found.labels == 1
-    stated = "not stated" if expected is None else f"{expected:,}"
-    print(f"{split:<6}{count:>9,} photos (published: {stated}), {present.sum():,} positives, "
+    print(f"{split:<6}{count:>9,} photos (published: {expected or 'not stated'}), {present.sum():,} positives, "
           f"{(found.labels == -1).sum():,} ignored, {(~present.any(1)).sum():,} photos without a label; {found.policy}")
     wrong = list(found.doubts)
     if expected not in (None, count):
         wrong.append(f"{count:,} photos, {expected:,} published")
-    unseen = [name for name, seen in zip(found.names, present.any(0), strict=True) if not seen]
+    unseen = ", ".join(name for name, seen in zip(found.names, present.any(0), strict=True) if not seen)
     if unseen:
-        wrong.append(f"no photo with {', '.join(unseen[:10])}")
-    for row in np.random.default_rng(0).permutation(count)[:20]:
+        wrong.append(f"no photo with {unseen:.200}")
+    for row in drawn(count, 20):
         try:
             open_photo(found.photos[row])
         except Exception as error:  # Pillow raises many kinds
@@ -515,8 +491,9 @@ def check(dataset, root, policy=()):
     """Print counts of a dataset beside the published ones -> list of what is wrong. Raises UsageError: no data."""
     train = load_photos(dataset, root, "train", None, policy)
     test = load_photos(dataset, root, "test", None, policy)
-    variants = [f"{dataset} {word}" for word in (test.photos[0].parent.name, *policy)]
-    expected = published_counts([*variants, dataset])
+    expected = PUBLISHED.get(dataset, (None, None))
+    for word in (*policy, test.photos[0].parent.name):
+        expected = PUBLISHED.get(f"{dataset} {word}", expected)
     wrong = look_over("train", train, expected[0]) + look_over("test", test, expected[1])
     both = set(train.photos) & set(test.photos)
     if both:
@@ -547,8 +524,10 @@ def main(words=None):
         return 2
     for line in wrong:
         say(f"wrong? {line}")
-    print(f"\nto look at, named above: {len(wrong)}" if wrong else "\nnothing wrong was found", flush=True)
-    return 2 if wrong else 0
+    if wrong:
+        return 2
+    print("\nnothing wrong was found", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
