@@ -265,8 +265,8 @@ def sentence_checker(names, synonyms, words=(4, 40), language="English", near_du
 
 
 def append(path, entry):
-    """A line of JSON, at once on its way to the disk."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    """A line of JSON, at once on its way to the disk. Raises UsageError, as for a full one."""
+    with data.reading(path, "cannot write", "the same command goes on"), open(path, "a", encoding="utf-8") as file:
         print(json.dumps(entry, ensure_ascii=False), file=file)
 
 
