@@ -266,7 +266,7 @@ def sentence_checker(names, synonyms, words=(4, 40), language="English", near_du
 
 def append(path, entry):
     """A line of JSON, at once on its way to the disk. Raises UsageError, as for a full one."""
-    with data.reading(path, "cannot write", "the same command goes on"), open(path, "a", encoding="utf-8") as file:
+    with data.reading(path, "cannot write", "mend that and go on"), open(path, "a", encoding="utf-8") as file:
         print(json.dumps(entry, ensure_ascii=False), file=file)
 
 
@@ -447,7 +447,7 @@ def report(options, names):
     print("\nsentences  label")
     for name, named in zip(names, labels.sum(0), strict=True):
         print(f"{named:>9,}  {name}")
-    print(f"\nten at random (seed {options.seed}):")
+    print("\nten at random:")
     for row in np.random.default_rng(options.seed).permutation(len(texts))[:10]:
         named = [names[column] for column in np.flatnonzero(labels[row])]
         print(f"    [{', '.join(named)}] {texts[row]}")

