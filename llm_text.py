@@ -12,8 +12,8 @@ What the papers fix: RP's texts come from a language model by multi-label instru
 with question and answer examples, for a sentence a label on what it looks like and what it is found with [paper]
 [figure]; the keyboard sentence below is the figure's. The words of both prompts and the following are ours [choice]:
 L1  a label set has 1 to --max-labels labels, each size as often
-L2  its first label has the fewest accepted sentences; a request made for it counts as a third of one, one under way as
-    if all its sentences passed: rare labels get their share, impossible ones cannot block. The others: uniformly
+L2  its first label has the fewest accepted sentences; a request made for it counts as one more, one under way as if
+    all its sentences passed: rare labels get their share, impossible ones cannot block. The others: uniformly
 L3  --per-request sentences are asked for at once, all for one label set
 L4  --temperature of the model's sampling
 L5  --words: length; --language English: no other script, and an English function word
@@ -85,15 +85,12 @@ def chat(instruction, examples, question):
 
 
 def choose(number, seed, need, max_labels):
-    """The label set of a request [L1, L2]. need: [C], the smallest is first -> list of distinct columns"""
+    """The label set of a request [L1, L2]. need: [C], first is any of the smallest -> list of distinct columns"""
     rng = np.random.default_rng((seed, number))
-    order = rng.permutation(len(need))  # any of equal ones may be first
-    chosen = [order[np.argmin(need[order])]]
+    first = rng.choice(np.flatnonzero(need == need.min()))
     size = rng.integers(1, min(max_labels, len(need)) + 1)
-    while len(chosen) < size:
-        others = np.setdiff1d(order, chosen)
-        chosen.append(rng.choice(others))
-    return chosen
+    others = rng.permutation(np.setdiff1d(range(len(need)), first))
+    return [first, *others[:size - 1]]
 
 
 SENTENCES = 8000  # unless --count is given, or there are more labels
@@ -109,14 +106,12 @@ def template(asked, count, rng, synonyms):
     lines = []
     for _ in range(count):
         things = []
-        for place in rng.permutation(len(asked)):
-            thing = asked[place]
+        for thing in rng.permutation(asked):
             if rng.random() >= 0.5:
                 thing = rng.choice([thing, *synonyms.get(thing, [])])
             if rng.random() < 0.4:
                 thing = f"{rng.choice(ADJECTIVES)} {thing}"
-            article = "an" if thing[0].lower() in "aeiou" else "a"
-            things.append(f"{article} {thing}")
+            things.append(data.with_article(thing))
         joined = things.pop()
         if things:
             joined = f"{', '.join(things)} and {joined}"
@@ -138,19 +133,14 @@ def connect(options):
         client = openai.OpenAI(api_key=key, base_url=address, timeout=options.timeout, max_retries=options.retries)
     except Exception as error:  # not installed, or the text is no address to whichever library reads it
         raise UsageError(f"--llm: {error} (pip install openai; an address is like http://localhost:8080/v1)") from None
-    failures = (openai.APIError, AttributeError, IndexError, TypeError, ValueError, RecursionError)
 
     def shown(text):
-        return "".join(c if c.isprintable() else " " for c in str(text).replace(key, "***")).strip()[:200]
+        return UNSEEN.sub(" ", str(text).replace(key, "***")).strip()[:200]
 
-    def declined(error):
-        """Why the server declined this very request. Any other failure raises UsageError."""
-        code = getattr(error, "status_code", None)
+    def failure(error):
         reason = shown(f"{getattr(error, 'message', 'its answer is not of the protocol')} {error.__cause__ or ''}")
-        if code in (400, 413, 422):
-            return f"declined: {reason}"
-        remedy = "put the key into OPENAI_API_KEY" if code in (401, 403) else "look at the server, --model and --llm"
-        raise UsageError(f"--llm {client.base_url.netloc.decode()}: {reason}; {remedy}")
+        return UsageError(f"--llm {client.base_url.netloc.decode()}: {reason}; look at the server, OPENAI_API_KEY, "
+                          "--model and --llm")
 
     def ask(messages, max_tokens, seed):
         try:
@@ -158,8 +148,11 @@ def connect(options):
                                                     max_tokens=max_tokens, seed=seed)
             choice = answer.choices[0]
             text = (choice.message.content or "")[:100_000].replace(key, "***")
-        except failures as error:
-            return [], declined(error)
+        except Exception as error:  # also what the client meets in an answer that is not of the protocol
+            why = failure(error)
+            if getattr(error, "status_code", None) not in (400, 413, 422):
+                raise why from None
+            return [], f"declined: {why}"  # this very request; others may pass
         # a model's thoughts are no answer; their opening mark may stand in its chat template
         text = re.sub(r"(?s)^.*</think>|<think>.*", "", text)
         found = clean(text, cut=choice.finish_reason in ("length", "content_filter"))
@@ -169,11 +162,11 @@ def connect(options):
     if not name:
         try:
             served = [shown(model.id) for model in client.models.list().data]
-        except failures as error:
-            served = ["", declined(error)]
-        name = served[0]
+        except Exception as error:
+            raise failure(error) from None
         if len(served) != 1:
             raise UsageError(f"--llm: choose one of its models with --model ({', '.join(served[:10])})")
+        name = served[0]
     return name, ask
 
 
@@ -194,8 +187,9 @@ OTHER_SCRIPT = re.compile(r"[^\W\d_\0-\u024f]")  # a letter that is not Latin
 # numbers, bullets and quotation marks in front of a sentence
 PREFIX = re.compile(r"^([\s\"“”«»`]+|[-*•·–—◦▪>]+\s+|\(?\d{1,3}[.):\]](?!\d)|\(?[a-z]\)\s+|[A-Z]:"
                     r"|(sentence|caption) \d+[.:)])+", re.I)
-# control characters, soft hyphens, marks that turn the direction of writing, halves of pairs; U+200D joins emoji
-UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200c\u200e\u200f\u202a-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+# control characters, ends of lines, soft hyphens, marks that turn the direction of writing, halves of pairs; U+200D,
+# which joins emoji, is left
+UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
                     "\ufff9-\ufffb]")
 PARAGRAPH = re.compile(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=[A-Z])")  # between its sentences
 
@@ -213,10 +207,7 @@ def clean(answer, cut=False):
 
 def clean_line(line):
     line = PREFIX.sub("", UNSEEN.sub("", line)).rstrip("\"“”«»` ")
-    line = " ".join(line.split())
-    if line.startswith("'") and line.endswith("'"):
-        line = line[1:-1]
-    return line
+    return re.sub("^'(.*)'$", r"\1", " ".join(line.split()))
 
 
 def tokens_of(text):
@@ -227,7 +218,7 @@ def sentence_checker(names, synonyms, words=(4, 40), language="English", near_du
     """The checks L5 to L7 -> check(text, asked columns) -> (columns of all labels named, in the list's order; why it is
     rejected, a fixed word or two before any colon, or None); remember(text, columns): later ones must differ from it"""
     find = data.noun_finder(names, synonyms)
-    accepted = collections.defaultdict(dict)  # {columns: {tokens: set of them}}
+    accepted = collections.defaultdict(set)  # {columns: tokens of each sentence}
     examples = [tokens_of(line) for answers in SENTENCE_EXAMPLES[1::2] for line in answers.split("\n")]
 
     def check(text, asked):
@@ -263,28 +254,29 @@ def sentence_checker(names, synonyms, words=(4, 40), language="English", near_du
             return "not English"
         if tokens in examples or tokens in earlier:
             return "duplicate"
-        for other in earlier.values():
-            if near_duplicates and len(vocabulary & other) >= 0.8 * len(vocabulary | other):
+        for other in earlier:
+            if near_duplicates and len(vocabulary.intersection(other)) >= 0.8 * len(vocabulary.union(other)):
                 return "near-duplicate"
 
     def remember(text, columns):
-        tokens = tokens_of(text)
-        accepted[tuple(columns)][tokens] = set(tokens)
+        accepted[tuple(columns)].add(tokens_of(text))
 
     return check, remember
 
 
 def append(path, entry):
-    """A line of JSON, at once on its way to the disk."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    """A line of JSON, at once on its way to the disk. Raises UsageError, as for a full one."""
+    with data.reading(path, "cannot write", "mend that and go on"), open(path, "a", encoding="utf-8") as file:
         print(json.dumps(entry, ensure_ascii=False), file=file)
 
 
 def cut_back(path, lines=None):
-    """Leaves a file, made if missing, its first `lines` lines; None: the whole ones, so that a torn last one goes."""
+    """Leaves a file, made if missing, its first `lines` lines; None: the whole ones, so that a torn last one goes. ->
+    the whole ones that it had"""
     path.touch()
     whole = path.read_bytes().split(b"\n")[:-1]
     os.truncate(path, sum(len(line) + 1 for line in whole[:lines]))
+    return whole
 
 
 AWAY = "move it away with the texts, or add --overwrite"
@@ -308,14 +300,13 @@ def begin(options, **settings):
     if options.overwrite:
         options.out.unlink(missing_ok=True)
         options.beside.unlink(missing_ok=True)
-    cut_back(options.beside)
-    if not options.beside.stat().st_size:
+    if not cut_back(options.beside):
         append(options.beside, {"settings": settings})
     before, requests = read_record(options.beside)
-    differ = [f"{name} {json.dumps(before.get(name))[:60]}, now {json.dumps(settings.get(name))[:60]}"
-              for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    differ = [name for name, value in settings.items() if before.get(name) != value]
     if differ:
-        raise UsageError(f"{options.out}: was begun with {'; '.join(differ)}; choose another --out, or add --overwrite")
+        raise UsageError(f"{options.out}: was begun with another {', '.join(differ)} ({options.beside} has it); choose "
+                         "another --out, or add --overwrite")
     return requests
 
 
@@ -337,16 +328,14 @@ def sentences(names, synonyms, options, ask_model=None):
         prompt = sentence_request(["{label}", "{label}"], options.per_request, options.instruction)
     requests = begin(options, prompt=prompt, labels=names, synonyms=synonyms)
     cut_back(options.out)
-    texts, labels = [], np.zeros((0, len(names)), int)
-    if options.out.stat().st_size:
-        texts, labels = data.read_texts(options.out, names)
+    texts, labels = data.read_labelled_texts(options.out, names)
     for text, row in zip(texts, labels, strict=True):
         remember(text, np.flatnonzero(row))
     held = len(texts)
     # A request's sentences are written before its record. Those without a record are of a request that a kill or
     # --count cut short: it is made again, and what it gave already is now a duplicate.
     number = recorded = barren = 0
-    need = np.zeros(len(names), int)  # [L2], in thirds of a sentence
+    need = np.zeros(len(names), int)  # [L2]
     for first, kept, _ in requests:
         if recorded + kept > held:
             break
@@ -355,8 +344,8 @@ def sentences(names, synonyms, options, ask_model=None):
         barren = 0 if kept else barren + 1
         need[names.index(first)] += 1
     cut_back(options.beside, 1 + number)
-    need += 3 * labels[:recorded].sum(0)
-    late = 3 * labels[recorded:].sum(0)  # counts when its request is done
+    need += labels[:recorded].sum(0)
+    late = labels[recorded:].sum(0)  # counts when its request is done
     kept = held - recorded
 
     # ============ ask and check ============
@@ -369,7 +358,7 @@ def sentences(names, synonyms, options, ask_model=None):
         while len(ahead) < (4 * options.concurrency if ask_model else 1):
             later = number + len(ahead)
             wanted = choose(later, options.seed, need, options.max_labels)
-            need[wanted[0]] += 3 * options.per_request
+            need[wanted[0]] += options.per_request
             asked = [names[column] for column in wanted]
             ahead.append((wanted, asked, pool.submit(ask, later, asked)))
         wanted, asked, future = ahead.popleft()
@@ -384,12 +373,12 @@ def sentences(names, synonyms, options, ask_model=None):
             else:
                 remember(text, columns)
                 append(options.out, {"text": text, "labels": [names[column] for column in columns]})
-                need[columns] += 3
+                need[columns] += 1
                 kept += 1
                 held += 1
                 bar.update()
         append(options.beside, {"asked": asked, "kept": kept, "rejected": rejected})
-        need[wanted[0]] += 1 - 3 * options.per_request
+        need[wanted[0]] += 1 - options.per_request
         need += late
         number += 1
         barren = 0 if kept else barren + 1
@@ -406,16 +395,17 @@ def descriptions(names, synonyms, options, ask_model, attempts=5):
     find = data.noun_finder(names, synonyms)
     turns = description_request("{label}", options.instruction)
     prompt = "\n".join(turn["content"] for turn in turns) + "\nA:"
-    earlier = sum(len(reasons) for _, _, reasons in begin(options, prompt=prompt))
+    earlier = attempts * len(begin(options, prompt=prompt))
     found = {}
     if options.out.exists():
         with data.reading(options.out, "file", AWAY):
             found = dict(json.loads(options.out.read_bytes())["descriptions"])
 
-    def describe(column):
+    def describe(name):
         """-> (the first answer that passes, or None; those rejected)"""
         rejected = []
-        request = description_request(names[column], options.instruction)
+        column = names.index(name)
+        request = description_request(name, options.instruction)
         for attempt in range(earlier, earlier + attempts):
             answer, why = ask_model(request, 120, (options.seed * 1000003 + column) * 1009 + attempt)
             text = "".join(answer[:1])
@@ -428,17 +418,16 @@ def descriptions(names, synonyms, options, ask_model, attempts=5):
             rejected.append({"text": text[:500], "why": why})
         return None, rejected
 
-    todo = [column for column, name in enumerate(names) if name not in found]
+    todo = [name for name in names if name not in found]
     answers = ThreadPoolExecutor(options.concurrency).map(describe, todo)
-    for column, (text, rejected) in zip(todo, answers, strict=True):
+    for name, (text, rejected) in zip(todo, answers, strict=True):
         if text:
-            found[names[column]] = text
+            found[name] = text
             data.write_json(options.out, {"source": f"written by {options.model} to the prompt below",
                                           "prompt": prompt, "descriptions": found})
-        append(options.beside, {"asked": [names[column]], "kept": int(text is not None), "rejected": rejected})
-    missing = [name for name in names if name not in found]
-    if missing:
-        say(f"no usable description of {', '.join(missing)}; the same command tries again")
+        else:
+            say(f"no usable description of {name}; the same command tries again")
+        append(options.beside, {"asked": [name], "kept": int(text is not None), "rejected": rejected})
     return len(found)
 
 
@@ -455,22 +444,10 @@ def report(options, names):
         for reason, number in rejected.most_common():
             print(f"    rejected: {reason:<18}{number:>7,}")
 
-    sizes = labels.sum(1)
-    alone = labels[sizes == 1].sum(0)
-    together = labels.T.astype(int) @ labels  # [C, C] sentences that name both
-    np.fill_diagonal(together, 0)
-    width = min(40, max(map(len, ["label", *names]))) + 2
-    print(f"\n{'label':<{width}}{'sentences':>9}{'alone':>7}  most often with")
-    for column, name in enumerate(names):
-        row = together[column]
-        others = [f"{names[other][:40]} {row[other]}" for other in np.argsort(-row, kind="stable")[:3] if row[other]]
-        print(f"{name[:40]:<{width}}{labels[:, column].sum():>9,}{alone[column]:>7,}  {', '.join(others)}")
-    shares = [f"{size}: {(sizes == size).sum():,}" for size in np.unique(sizes)]
-    print(f"\nlabels a sentence: {', '.join(shares)}")
-    words = [re.findall(r"\w+", text.casefold()) for text in texts]
-    pairs = [pair for of_one in words for pair in zip(of_one, of_one[1:], strict=False)]
-    print(f"distinct pairs of words: {len(set(pairs)):,} of {len(pairs):,}")
-    print(f"\nten at random (seed {options.seed}):")
+    print("\nsentences  label")
+    for name, named in zip(names, labels.sum(0), strict=True):
+        print(f"{named:>9,}  {name}")
+    print("\nten at random:")
     for row in np.random.default_rng(options.seed).permutation(len(texts))[:10]:
         named = [names[column] for column in np.flatnonzero(labels[row])]
         print(f"    [{', '.join(named)}] {texts[row]}")
@@ -496,7 +473,7 @@ def parse(argv=None):
     option("job", choices=DEFAULTS)
     either = parser.add_mutually_exclusive_group(required=True).add_argument
     either("--labels", metavar="FILE", help="label file, one name a line")
-    either("--dataset", choices=[name for name in data.DATASETS if name != "folder"], help="its labels and synonyms")
+    either("--dataset", choices=["scenes", *data.LABEL_WORDS], help="its labels and synonyms")
     option("--synonyms", metavar="FILE", help='{"sofa": ["couch"], "": ["hot dog"]}; "": phrases that are no label')
     option("--out", metavar="FILE", type=Path, help="default: texts.jsonl, descriptions.json")
     option("--count", type=between(0), help="sentences wanted (8000, or as many as labels); 0: none, only the report")
@@ -522,17 +499,14 @@ def parse(argv=None):
     options = parser.parse_args(argv)
     if options.words[0] > options.words[1]:
         parser.error(f"--words {options.words[0]} {options.words[1]}: the first must not be above the second")
-    written = options.out
-    if options.count == 0 and written.suffix == ".gz":  # only a report
-        written = written.with_suffix("")
     wanted = DEFAULTS[options.job]["out"].suffix
-    if written.suffix != wanted:
+    if options.out.suffix != wanted:
         parser.error(f"--out {options.out}: must end in {wanted}")
     if not re.match("(template|openai)$|https?://.", options.llm):
         parser.error("--llm: must be template, openai or an address such as http://localhost:8080/v1")
     if options.job == "descriptions" and options.llm == "template":
         parser.error("descriptions: a grammar knows nothing of the things; give a language model with --llm")
-    options.beside = written.with_suffix(".rejected.jsonl")
+    options.beside = options.out.with_suffix(".rejected.jsonl")
     return options
 
 
@@ -540,13 +514,12 @@ def read_synonyms(options, names):
     """-> {name: other words}, those of the dataset and of --synonyms; "" holds phrases that are no label"""
     synonyms = data.synonyms_of(names, options.dataset)
     if options.synonyms:
-        given = data.read_json(options.synonyms, "synonyms")
-        for name, words in given.items() if isinstance(given, dict) else [(str(given), None)]:
-            fits = name in synonyms and isinstance(words, list)
-            if not fits or not all(isinstance(word, str) and word.strip() for word in words):
-                raise UsageError(f"synonyms {options.synonyms}: {name[:40]!r} does not fit: the form is "
-                                 '{"label": ["other word", ...]}, with labels of the list')
-        synonyms |= given
+        with data.reading(options.synonyms, "synonyms",
+                          'the form is {"label": ["other word", ...]}, with labels of the list'):
+            for name, words in data.read_json(options.synonyms, "synonyms").items():
+                if name not in synonyms:
+                    raise ValueError(f"{name[:40]!r} does not fit")
+                synonyms[name] = [word for word in list.copy(words) if data.plain(word)]
     return {name: words for name, words in synonyms.items() if words}
 
 
@@ -576,7 +549,7 @@ def main(argv=None):
         names = data.read_labels(options.labels) if options.labels else data.label_names(options.dataset)
         if options.count is None:  # of a long list each label is the first of a set at least once
             options.count = max(SENTENCES, len(names))
-            options.per_request = min(options.per_request, max(1, options.count // len(names)))
+            options.per_request = min(options.per_request, options.count // len(names))
         if options.count or options.job == "descriptions":
             write(options, names)
         if options.job == "sentences" and (options.report or not options.count):
