@@ -104,6 +104,7 @@ def place(tmp_path_factory):
         scenes.picture("test", row)[0].save(place / "photos" / name)
     torn = (place / "photos/ü, 1.jpg").read_bytes()[:700]
     (place / "photos/torn.jpg").write_bytes(torn)
-    for name, words in (("few", ["sun", "moon"]), ("foreign", ["sun", "zebra"]), ("reversed", scenes.NAMES[::-1])):
+    for name, words in (("few", ["sun", "moon"]), ("foreign", ["cup", "zebra"]), ("seen", scenes.NAMES[:-2]),
+                        ("reversed", scenes.NAMES[::-1])):
         (place / f"{name}.txt").write_text("\n".join(words))
     return place

@@ -68,12 +68,12 @@ class Running(NamedTuple):
         stderr = self.stderr.read_text("utf-8", "surrogateescape")
         told = f"exit code {self.process.exitcode}\n{stdout}\n{stderr}"
         assert self.process.exitcode == expect and "Traceback" not in stderr, told
-        assert not expect or stderr.splitlines()[-1].startswith(f"{self.script}: "), told
+        assert expect <= 0 or stderr.splitlines()[-1].startswith(f"{self.script}: "), told
         return stdout, stderr
 
-    def wait_for(self, condition):
+    def wait_for(self, condition, *of):
         deadline = time.monotonic() + 100
-        while not condition():
+        while not condition(*of):
             assert self.process.is_alive() and time.monotonic() < deadline, self.stderr.read_text()
             time.sleep(0.002)
 
