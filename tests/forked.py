@@ -30,12 +30,12 @@ TINY = {RP: "--text-count 300 --test-count 130 --epochs 2 --seed 0 1",
 def as_script(script, words, folder, stdout, stderr, environment, full_at):
     """python script words, in a process that has imported torch but nothing of ours. stdout: None is a pipe that
     nobody reads; full_at: bytes in a file, as on a full disk."""
-    reader, writer = os.pipe()
     if stdout:
-        writer = os.open(stdout, os.O_WRONLY | os.O_CREAT)
-    os.dup2(writer, 1)
-    os.close(writer)
-    os.close(reader)
+        os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+    else:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
     if full_at:

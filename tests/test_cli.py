@@ -302,9 +302,10 @@ def test_nowhere_to_write(start, trained, place, tmp_path, script):
 # --- what a run leaves, and what it is good for -----------------------------------------------------------------------
 
 @BOTH
-def test_record(trained, script):
+def test_record(trained, cache, script):
     """Which label has which number is tested in test_sspa.py."""
-    result = result_of(trained[script].folder)
+    folder = trained[script].folder
+    result = result_of(folder)
     stdout = trained[script].stdout
     given = {"dataset": "scenes", "backbone": "scenes", "impl": "fused", "finished": True, "photo_count": 130,
              "seeds": [0, 1]}
@@ -315,7 +316,7 @@ def test_record(trained, script):
     assert result["mAP"] == expected == statistics.mean(one["ap"] for one in result["per_class"])
     assert result["mAP_std"] == pytest.approx(statistics.stdev(found))
     assert f"{result['mAP']:.2f} ±{result['mAP_std']:.2f}" in stdout and f"{result['zero_shot_mAP']:.2f}" in stdout
-    assert result["command"].startswith(f"python {script} {TINY[script]} --save-all --output ")
+    assert result["command"] == f"python {script} --cache {cache} {TINY[script]} --save-all --output {folder} --cpu"
     assert re.fullmatch("[0-9a-f]{40}[+]?|unknown", result["commit"]) and 0 < result["seconds"] < 100
     assert {"versions", "device", "threads", "peak_memory_mib", "config", "linear_probe_mAP"} <= set(result)
 
