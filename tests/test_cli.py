@@ -340,14 +340,14 @@ def test_log_and_checkpoints(trained, script):
     assert trained[script].checkpoint.read_bytes() == first != second
 
 
-@BOTH
-def test_checkpoint_scores_as_its_training_did(start, trained, tmp_path, script):
+@pytest.mark.parametrize("script, option, value", [(RP, "--adapter", "linear"), (SSPA, "--temperature", "0.5")])
+def test_checkpoint_scores_as_its_training_did(start, trained, tmp_path, script, option, value):
     words = (script, "--checkpoint", trained[script].checkpoint)
-    stdout, stderr = start(*words, "--gamma-neg 3 --output", tmp_path).end()
+    stdout, stderr = start(*words, option, value, "--output", tmp_path).end()
     result = result_of(tmp_path)
     first = result_of(trained[script].folder)
     assert result["runs"][0]["ap"] == pytest.approx(first["runs"][0]["ap"], abs=1e-6)
-    assert result["zero_shot_mAP"] == first["zero_shot_mAP"] and "was made with its own --gamma-neg" in stderr
+    assert result["zero_shot_mAP"] == first["zero_shot_mAP"] and f"was made with its own {option};" in stderr
     assert start(*words).end()[0] == stdout
 
 
