@@ -35,8 +35,8 @@ def command(cache, tmp_path_factory):
     """command("sspa.py", "--epochs", 3) -> CompletedProcess of the real script, on the CPU, in a folder elsewhere."""
     def run(script, *words, expect=0, timeout=300, cwd=None):
         words = [str(word) for word in words]
-        if script in ("adapter_rp.py", "sspa.py") and "--help" not in words:
-            words += ["--cache", cache] + (["--cpu"] if "--gpu" not in words else [])
+        if script in ("adapter_rp.py", "sspa.py"):
+            words += ["--cache", cache, "--cpu"]
         done = subprocess.run([sys.executable, str(REPOSITORY / script), *words], capture_output=True, text=True,
                               timeout=timeout, cwd=cwd or tmp_path_factory.mktemp("cwd"),
                               env={**os.environ, "PYTHONIOENCODING": "utf-8"})
@@ -57,14 +57,12 @@ def start(cache, tmp_path_factory):
         multiprocessing.forkserver.set_forkserver_preload(["forked"])
         multiprocessing.forkserver.ensure_running()
 
-    def begin(script, *words, stdout="stdout", stderr="stderr", full_at=None, cpu=True, **environment):
+    def begin(script, *words, stdout="stdout", stderr="stderr", full_at=None, **environment):
         place = tmp_path_factory.mktemp("command")
-        typed = []
+        typed = ["--cache", cache]  # a later one is taken
         for word in words:
             typed += [str(word)] if isinstance(word, Path) else shlex.split(word)
-        if "--cache" not in typed:
-            typed += ["--cache", cache]
-        if cpu and "--gpu" not in typed:
+        if "--gpu" not in typed:
             typed.append("--cpu")
         stdout = stdout and place / stdout  # an absolute path stays what it is
         stderr = place / stderr
@@ -91,19 +89,16 @@ def trained(start, tmp_path_factory):
 def place(tmp_path_factory):
     """A folder: features of four labels, photos with odd names and a torn one, label lists."""
     place = tmp_path_factory.mktemp("place")
-    draw = np.random.default_rng(0)
-    centres = draw.normal(size=(4, 16))
-    arrays = {"label_names": ["cat", "dog", "bus", "tree"], "label_embeddings": centres}
-    for name, count in (("text", 240), ("image", 80)):
-        labels = (draw.random((count, 4)) < 0.4).astype(np.int8)
-        arrays[f"{name}_labels"] = labels
-        arrays[f"{name}_embeddings"] = labels @ centres + draw.normal(size=(count, 16))
-    np.savez(place / "features.npz", **arrays)
-    (place / "photos" / "empty").mkdir(parents=True)
+    draw = np.random.default_rng(0).random
+    np.savez(place / "features.npz", label_names=["cat", "dog", "bus", "tree"], label_embeddings=draw((4, 16)),
+             text_embeddings=draw((90, 16)), text_labels=draw((90, 4)).round(),
+             image_embeddings=draw((40, 16)), image_labels=draw((40, 4)).round())
+    photos = place / "photos"
+    (photos / "empty").mkdir(parents=True)
     for row, name in enumerate(("a.png", os.fsdecode(b"caf\xe9 \xff.png"), "ü, 1.jpg")):
-        scenes.picture("test", row)[0].save(place / "photos" / name)
-    torn = (place / "photos/ü, 1.jpg").read_bytes()[:700]
-    (place / "photos/torn.jpg").write_bytes(torn)
-    for name, words in (("few", ["sun", "moon"]), ("foreign", ["sun", "zebra"]), ("reversed", scenes.NAMES[::-1])):
+        scenes.picture("test", row)[0].save(photos / name)
+    (photos / "torn.jpg").write_bytes((photos / name).read_bytes()[:700])
+    for name, words in (("few", ["sun", "moon"]), ("foreign", ["cup", "zebra"]), ("seen", scenes.NAMES[:-2]),
+                        ("reversed", scenes.NAMES[::-1])):
         (place / f"{name}.txt").write_text("\n".join(words))
     return place

@@ -30,12 +30,12 @@ TINY = {RP: "--text-count 300 --test-count 130 --epochs 2 --seed 0 1",
 def as_script(script, words, folder, stdout, stderr, environment, full_at):
     """python script words, in a process that has imported torch but nothing of ours. stdout: None is a pipe that
     nobody reads; full_at: bytes in a file, as on a full disk."""
-    reader, writer = os.pipe()
     if stdout:
-        writer = os.open(stdout, os.O_WRONLY | os.O_CREAT)
-    os.dup2(writer, 1)
-    os.close(writer)
-    os.close(reader)
+        os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
+    else:
+        reader, writer = os.pipe()
+        os.dup2(writer, 1)
+        os.close(reader)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
     if full_at:
@@ -65,30 +65,29 @@ class Running(NamedTuple):
         stdout = ""
         if self.stdout and self.stdout.is_file():
             stdout = self.stdout.read_text("utf-8", "surrogateescape")
-        stderr = self.stderr.read_text("utf-8", "surrogateescape")
+        stderr = self.stderr.read_text("utf-8")
         told = f"exit code {self.process.exitcode}\n{stdout}\n{stderr}"
         assert self.process.exitcode == expect and "Traceback" not in stderr, told
-        assert not expect or stderr.splitlines()[-1].startswith(f"{self.script}: "), told
+        assert expect <= 0 or stderr.splitlines()[-1].startswith(f"{self.script}: "), told
         return stdout, stderr
 
-    def wait_for(self, condition):
+    def wait_for(self, condition, *of):
         deadline = time.monotonic() + 100
-        while not condition():
+        while not condition(*of):
             assert self.process.is_alive() and time.monotonic() < deadline, self.stderr.read_text()
             time.sleep(0.002)
 
 
 def start_two(start, *words):
-    """The same command twice, as torchrun starts it -> (stdout, stderr) of the first process; the second is silent."""
+    """The same command twice, as torchrun starts it; the second process is silent."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     first, second = [start(*words, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
-    said = first.end()
+    first.end()
     stdout, stderr = second.end()
     assert not stdout and all(line.startswith("[") for line in stderr.splitlines())  # gloo's own
-    return said
 
 
 def read_lines(path):

@@ -1,5 +1,4 @@
 """The layout that design asks for: who may import whom, what an import leaves alone, choices that are written down."""
-import importlib
 import re
 import subprocess
 import sys
@@ -22,8 +21,7 @@ def text_of(path):
 @pytest.mark.parametrize("pattern", ["*.py", "*/*.py", "*.sh", "*.md", "docs/*.md"])
 def test_no_line_is_wider_than_120_characters(pattern):
     for path in REPOSITORY.glob(pattern):
-        wide = [line for line in text_of(path).splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
-        assert not wide, path
+        assert not re.findall(r"(?m)^(?!\||!\[).{121,}", text_of(path)), path
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
@@ -55,12 +53,6 @@ assert state() == before
 def test_an_import_leaves_the_process_alone(tmp_path):
     code = f"import sys; sys.path.append({str(REPOSITORY)!r}){UNTOUCHED}"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-
-
-@pytest.mark.parametrize("script, most", [("adapter_rp", 43), ("sspa", 54)])
-def test_a_script_has_few_options(script, most):
-    module = importlib.import_module(script)
-    assert len(module.run.options_of(module.Config)) <= most
 
 
 @pytest.mark.parametrize("script, heading", [("adapter_rp.py", "## RP"), ("sspa.py", "## SSPA")])
