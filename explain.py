@@ -58,7 +58,8 @@ def explain(model, path, image, top_k, target):
     branches = network.config.branches
     scores = to_numpy(sspa.branch_scores(branches, prediction.global_logits, prediction.regional_logits))
     strongest = np.argsort(-scores, kind="stable")[:top_k]
-    found = maps_of(network, prediction, F.normalize(X.float(), dim=-1))
+    unit_regions = F.normalize(X.float(), dim=-1)
+    found = maps_of(network, prediction, unit_regions)
     maps = [(name, to_numpy(found[name])) for name in ("similarity after GDMA", "DSF attention") if name in found]
     label_gate = mean_channel(prediction.label_gate)
     region_gate = mean_channel(prediction.region_gate)
