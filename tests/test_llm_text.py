@@ -16,7 +16,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from llm_server import WRONG, FaultServer, answer, serve
+from llm_server import WRONG, FaultServer, answer
 
 import data
 import llm_text
@@ -310,7 +310,10 @@ def test_report(capsys):
 def test_a_real_language_model(capsys):
     """SmolLM2-135M follows instructions badly, but something is accepted."""
     Path("w.txt").write_text("boat\n")
-    server, address = serve(0)
-    assert grammar(2, f"--per-request 1 --concurrency 1 --llm {address}") == 0
+    with Popen([sys.executable, REPOSITORY / "tests/llm_server.py", "0"], stdout=PIPE, text=True) as server:
+        address = server.stdout.readline().strip()
+        code = grammar(2, f"--per-request 1 --concurrency 1 --llm {address}")
+        server.kill()
+    assert code == 0
     assert capsys.readouterr().err.startswith("sentences by SmolLM2-135M-Instruct.Q4_1\n")
     assert len(data.read_texts(OUT, ["boat"])[0]) == 2
