@@ -57,7 +57,7 @@ def reading(path, what, remedy):
         raise MissingFile(f"{what} {path}: no such file; {remedy}") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         reason = shorten(str(error), 200)
     except Exception as error:  # code that met a file of another form, or a library, which may raise any kind
         reason = f"not in the form expected ({error!r:.200})"

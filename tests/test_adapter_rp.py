@@ -148,7 +148,7 @@ def config_of(words):
 
 
 def train(folder, words, seed=0):
-    return rp.train(config_of(words), INPUTS, seed, CPU, folder)
+    return rp.train(config_of(words), INPUTS, seed, CPU, Path(tempfile.mkdtemp(dir=folder)))
 
 
 @pytest.mark.parametrize("words", ["", "--head label-embedding", "--adapter linear", "--loss bce", "--loss ranking",
