@@ -342,6 +342,23 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, cli
     return loss.sum() / z.shape[-2]
 
 
+def asymmetric_probability(logits, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
+    """The chance that a logit states.  [docs/probabilities.md; choice D15]
+
+    A label of chance pi has the smallest expected loss where pi l1'(z) + (1 - pi) l0'(z) = 0, l1 and l0 the loss of a
+    present and of an absent label. So pi = l0' / (l0' - l1'); without exponents and clip this is the sigmoid.
+    logits: [..., N, C] -> float64, the same shape, in 0..1, monotone
+    """
+    slopes = []
+    for target in (0, 1):
+        z = logits.detach().double().clamp(-700, 700).contiguous()  # float64's exp goes no further
+        targets = torch.full_like(z, target, dtype=torch.int8)
+        asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_gradient)  # z is now d loss / d z
+        slopes.append(z)
+    absent, present = slopes
+    return absent / (absent - present)
+
+
 # --- SSPA: the whole --------------------------------------------------------------------------------------------------
 class Labels(NamedTuple):  # all that is made of the label names
     names: list
@@ -513,6 +530,11 @@ def branch_scores(branches, global_logits, regional_logits):
     if branches == "regional":
         return regional_scores
     return (global_scores + regional_scores) / 2
+
+
+def probabilities_of(config, scores):
+    """Scores in 0..1, float64 [N, C] -> the chances that they state: of the mean score, so that its ranking stays."""
+    return asymmetric_probability(torch.logit(scores), config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
 
 
 # --- labels and photos ------------------------------------------------------------------------------------------------
@@ -756,9 +778,9 @@ def score(config, clip, model, photos):
 def evaluate(config, clip, model, photos):
     """-> dict for metrics.json: what run.measure gives, and the mAP of each branch that is on"""
     global_logits, regional_logits = score(config, clip, model, photos)
-    scores = branch_scores(config.branches, global_logits, regional_logits).numpy()
+    scores = branch_scores(config.branches, global_logits, regional_logits)
     truth = photos.labels.numpy()
-    result = run.measure(scores, scores, truth)  # the scores rank, too
+    result = run.measure(scores, scores, probabilities_of(config, scores), truth)  # the scores rank, too
     if config.branches != "regional":
         result["mAP_global"] = metrics.mean_average_precision(global_logits.numpy(), truth)
     if config.branches != "global":
