@@ -268,7 +268,7 @@ class GatedAttention(nn.Module):
         self.attend = gated_attention_fused if impl == "fused" else gated_attention_reference
         self.query = nn.Parameter(torch.eye(d))                                  # choice D5: starts as the identity
         self.key = nn.Parameter(torch.eye(d))
-        self.value = nn.Parameter(torch.eye(d))
+        self.value = nn.Parameter(torch.zeros(d, d))                             # choice D5: nothing is added at first
         self.log_scale = log_scale(d, attention_scale)
         self.gated = gated
         if gated:  # half open at the start

@@ -147,8 +147,8 @@ def thresholds_given(options, labels, count):
         thresholds = np.full(len(labels), float(word))
     except ValueError:
         remedy = 'give auto, a number, or a JSON file {"label": number} of all labels, such as thresholds.json'
-        with data.reading(word, "--threshold", remedy):
-            table = data.read_json(word, "--threshold", remedy)
+        with data.reading(word, "--threshold", remedy) as path:
+            table = json.loads(path.read_text("utf-8"))
             thresholds = np.array([table[label] for label in labels], float)
     if not (thresholds >= 0).all() or not (thresholds <= 1).all():
         raise UsageError(f"--threshold {options.threshold}: must be from 0 to 1")

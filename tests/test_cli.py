@@ -102,6 +102,8 @@ REFUSED = {  # command: what the answer must hold
     "tag.py {place}/photos/a.png {place}/photos": "; pass a checkpoint.safetensors",
     "tag.py {rp} {place}/photos/empty": "photos end in .jpg",
     "tag.py {rp} {place}/photos --threshold 50": "--threshold 50: must be from 0 to 1",
+    "tag.py {rp} {place}/photos --threshold auto --stdout": "--stdout does not; give a number",
+    "tag.py {rp} {place}/photos --threshold nowhere.json": "nowhere.json: no such file; give auto, a number",
     "tag.py {rp} {place}/photos --top-k 0": "--top-k: must be at least 1",
     "tag.py {rp} {place}/photos --workers -1": "--workers: must",
     "tag.py {rp} {place}/photos --gpu -1": "--gpu: must",

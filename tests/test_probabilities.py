@@ -19,7 +19,7 @@ SETTINGS = [(gamma_neg, gamma_pos, clip, focal) for gamma_neg in (1.0, 2.0, 4.0)
 @pytest.mark.parametrize("chance", [0.01, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_logit_of_smallest_expected_loss_states_the_chance(method, settings, chance):
-    """pi l1(z) + (1 - pi) l0(z): where its gradient, as training sees it, is 0; unstopped, that is where it is least."""
+    """pi l1(z) + (1 - pi) l0(z): where its gradient, as training sees it, is 0; unstopped, there it is least."""
     def expected(z):
         z = torch.full((1, 2), z).double().requires_grad_()
         absent, present = (method.asymmetric_loss_reference(z[:, :1], torch.tensor([[label]]), *settings)
