@@ -445,7 +445,7 @@ def check_fits(path, metadata, names, encoder, encoder_key):
 # --- results ----------------------------------------------------------------------------------------------------------
 def measure(logits, scores, probabilities, truth):
     """What is recorded of one run. logits [N, C] rank, scores [N, C] in 0..1 are cut at 0.5, as the papers do;
-    probabilities: what these state, or None; tensors; truth: numpy [N, C] -> dict, percent (Brier score: fraction)"""
+    probabilities: what these state, or None; tensors; truth: numpy [N, C] -> dict, percent"""
     logits = logits.numpy()
     scores = scores.numpy()
     if not np.isfinite(logits).all():
@@ -473,7 +473,8 @@ def f1_at(scores, truth, threshold):
 
 def calibration(scores, truth):
     entries, predicted, observed = metrics.reliability(scores, truth)
-    return {"calibration error": metrics.calibration_error(scores, truth), "Brier": metrics.brier_score(scores, truth),
+    return {"calibration error": metrics.calibration_error(scores, truth),
+            "Brier": 100 * metrics.brier_score(scores, truth),
             "entries": entries.tolist(), "predicted": predicted.tolist(), "observed": observed.tolist()}
 
 
