@@ -199,29 +199,24 @@ def macro_f1(scores, labels, threshold=0.5):
 
 
 def reliability(probabilities, labels, bins=15):
-    """How often what is said to be so likely is so, over all known entries.
+    """How often what is said to be so likely is so, over all known entries, in bins of equal width.
 
-    probabilities: [N, C] in 0..1; labels: [N, C] of 1, 0, -1 -> (entries, mean probability, share present), each
-    [bins + 1]: bins of equal width, and a last one of probabilities that are exactly 1; nan in empty ones.
+    probabilities: [N, C] in 0..1; labels: [N, C] of 1, 0, -1 -> [3, bins + 1]: entries, sum of their probabilities, how
+    many are present; the last bin is of probabilities that are exactly 1. Raises ValueError as the others.
     """
     probabilities, labels = _checked(probabilities, labels)
     _check_range(probabilities)
     known = labels >= 0
     probabilities = probabilities[known]
     place = np.digitize(probabilities, np.linspace(0, 1, bins + 1)) - 1
-    entries = np.bincount(place, minlength=bins + 1)
-    predicted = np.bincount(place, probabilities, bins + 1)
-    observed = np.bincount(place, labels[known] == 1, bins + 1)
-    divisor = np.where(entries > 0, entries, np.nan)
-    return entries, predicted / divisor, observed / divisor
+    return np.stack([np.bincount(place, weights, bins + 1) for weights in (None, probabilities, labels[known])])
 
 
 def calibration_error(probabilities, labels, bins=15):
     """Expected calibration error, percent: mean |mean probability - share present| of the bins, weighted by entries;
     as torchmetrics' binary_calibration_error with norm l1 of all entries. Arguments: see reliability"""
-    entries, predicted, observed = reliability(probabilities, labels, bins)
-    gaps = np.nan_to_num(np.abs(predicted - observed))
-    return 100 * float(_ratio((entries * gaps).sum(), entries.sum()))
+    entries, said, present = reliability(probabilities, labels, bins)
+    return 100 * float(_ratio(np.abs(said - present).sum(), entries.sum()))
 
 
 def brier_score(probabilities, labels):

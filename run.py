@@ -472,10 +472,8 @@ def f1_at(scores, truth, threshold):
 
 
 def calibration(scores, truth):
-    entries, predicted, observed = metrics.reliability(scores, truth)
     return {"calibration error": metrics.calibration_error(scores, truth),
-            "Brier": 100 * metrics.brier_score(scores, truth),
-            "entries": entries.tolist(), "predicted": predicted.tolist(), "observed": observed.tolist()}
+            "Brier": 100 * metrics.brier_score(scores, truth), "bins": metrics.reliability(scores, truth).tolist()}
 
 
 def spread(values):

@@ -222,16 +222,17 @@ def report(labels, probabilities, tags, thresholds):
     chosen = np.zeros(probabilities.shape, bool)
     for row, some in zip(chosen, tags, strict=True):
         row[some] = True
-    counts = chosen.sum(0)
-    right = (probabilities * chosen).sum(0)
-    precision = right / np.maximum(counts, 1)
-    f1 = 2 * right / np.maximum(counts + probabilities.sum(0), 1e-9)
-    without = len(tags) - chosen.any(1).sum()
+    without = (~chosen.any(1)).sum()
     print(f"{len(tags):,} photos tagged; {without:,} carry none of these labels\n")
     print(f"{'label':<32}{'photos':>8}{'threshold':>11}{'precision %':>13}{'F1 %':>7}   (both as expected)")
-    for label in np.argsort(-counts, kind="stable"):
-        quality = f"{100 * precision[label]:13.0f}{100 * f1[label]:7.0f}" if counts[label] else ""
-        print(f"{labels[label][:31]:<32}{counts[label]:8,}{thresholds[label]:11.2f}{quality}")
+    for label in np.argsort(-chosen.sum(0), kind="stable"):
+        p = probabilities[:, label]
+        count = chosen[:, label].sum()
+        line = f"{labels[label][:31]:<32}{count:8,}{thresholds[label]:11.2f}"
+        if count:
+            right = p[chosen[:, label]].sum()
+            line += f"{100 * right / count:13.0f}{200 * right / (count + p.sum()):7.0f}"
+        print(line)
     print("\nPrecision: of the photos with this tag, how many show it. F1: that, and how many of the photos that show "
           "it\nhave the tag, in one number. Both follow from the probabilities: no photo was looked at by anybody.")
 

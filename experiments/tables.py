@@ -429,8 +429,8 @@ def draw_reliability(record, path):
     figure = Figure(figsize=(10, 3.6), dpi=110)
     for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for offset, (kind, curve) in enumerate(record[name]["curves"].items()):
-            predicted, observed = (np.array(curve[side], float) for side in ("predicted", "observed"))
-            axes.bar(predicted + 0.02 * offset, observed, 0.02, label=kind)
+            entries, said, present = np.array(curve["bins"]) + 1e-9
+            axes.bar(said / entries + 0.02 * offset, present / entries, 0.02, label=kind)
         axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
         axes.set(title=title, xlabel="said", xlim=(0, 1.03), ylim=(0, 1))
     figure.axes[0].set_ylabel("share that is so")

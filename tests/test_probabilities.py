@@ -109,8 +109,7 @@ def test_calibration_error_by_hand():
     chances = np.array([[0.1, 0.3, 0.5, 1.0, 0.4]])
     labels = np.array([[0, 1, 1, 0, -1]])
     assert metrics.calibration_error(chances, labels, bins=2) == pytest.approx(100 * (0.6 + 0.5 + 1) / 4)
-    entries, predicted, observed = metrics.reliability(chances, labels, bins=2)
-    assert entries.tolist() == [2, 1, 1] and predicted.tolist() == [0.2, 0.5, 1] and observed.tolist() == [0.5, 1, 0]
+    assert metrics.reliability(chances, labels, bins=2).tolist() == [[2, 1, 1], [0.4, 0.5, 1], [1, 1, 0]]
 
 
 def test_macro_f1(drawn):
