@@ -60,7 +60,7 @@ def timed(function, calls=1):
 def interleave(functions, quick):
     """A B A B ...: milliseconds of each, median over rounds; quick functions are called several times a round."""
     rounds = [[timed(function) for function in functions]]
-    if not quick:
+    if not quick and sum(rounds[0]) < 10:  # seconds; slower ones are timed once
         calls = max(1, round(0.05 / min(rounds[0])))
         count = 9 if calls * sum(rounds[0]) < 1 else 2
         rounds = [[timed(function, calls) for function in functions] for _ in range(count)]
