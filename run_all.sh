@@ -49,8 +49,9 @@ experiments() {
         words "first-$count-seen.txt" $(echo car dog chair bottle | cut -d " " -f "1-$count")
         rp "features-first-$count" --labels "$RUNS/first-$count-seen.txt"
     done
-    [ "$plan" ] || [ -f "$RUNS/templates.jsonl" ] || python llm_text.py sentences --dataset scenes --llm template \
-        --count 8000 --out "$RUNS/templates.jsonl" 2> /dev/null
+    if ! [ "$plan" ] && wanted rp-scenes-templates; then
+        python llm_text.py sentences --dataset scenes --llm template --count 8000 --out "$RUNS/templates.jsonl" --quiet
+    fi
     rp scenes-templates --texts "$RUNS/templates.jsonl"
     rp ucm-toy --backbone scenes
     sspa ucm-toy --tune-image none --backbone scenes
@@ -115,6 +116,7 @@ rp() { train adapter_rp.py "rp-$1" "$@"; }
 sspa() { train sspa.py "sspa-$1" "$@"; }
 maps() { once "maps-$1" localize.json experiments/localize.py --test-count 400 --checkpoint "$RUNS/sspa-$1/checkpoints"
 }
+wanted() { [[ "$1" =~ ^(${ONLY// /|}) ]]; }
 words() { [ "$plan" ] || printf '%s\n' "${@:2}" > "$RUNS/$1"; }  # FILE WORDS
 once() { [ -f "$RUNS/$1/$2" ] || run "$1" "${@:3}"; }  # NAME RESULT SCRIPT WORDS
 train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
@@ -126,7 +128,7 @@ train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
     run "$2" "$1" "${where[@]}" "${@:4}" --seed ${SEEDS:-0 1 2} ${GPU:+--gpu $GPU} $OPTIONS
 }
 run() {  # NAME SCRIPT WORDS. $RUNS/NAME: the run; NAME.log: what it said; NAME.reason: why it came to nothing
-    [[ "$1" =~ ^(${ONLY// /|}) ]] || return 0
+    wanted "$1" || return 0
     local at="$RUNS/$1"
     set -- python "${@:2}" --output "$at"
     if [ "$plan" ]; then printf '%q ' "$@"; echo; return; fi

@@ -442,6 +442,9 @@ def write_docs(folder):
     """Finished runs join those in the record, which is shown in docs/results.md and the pictures."""
     record = data.read_json(RECORD, "record of runs")
     record |= {name: run for name, run in look(folder).items() if "numbers" in run}
+    for name, run in record.items():
+        if name not in CURVES:
+            run.pop("curves", None)
     tables = tables_of(record)
     for page in DOCS:
         data.write_atomically(page, filled_in(data.read_text(page, "page"), tables))
