@@ -15,6 +15,7 @@ The method, part by part, in the figure's order                         where
     # SSPA: soft aggregator   T_fn, X_fn -> s_R [B, C]                  soft_aggregate_reference
     # SSPA: global branch   x0, T_g -> s_G [B, C], and all arrows       SSPA.forward
     # SSPA: losses, prediction                                          asymmetric_loss_reference, branch_scores
+    what a score states as a chance (beyond the paper)                  asymmetric_probability
     # SSPA: fast paths                                                  *_fused, each the same as its *_reference
 
     python sspa.py --tune-image none --seed 0 1 2       three seeds, 12 minutes on two cores, drawn scenes: 68.9 mAP
