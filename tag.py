@@ -32,7 +32,6 @@ from data import UsageError, say
 
 ENOUGH = 100  # photos, from which on thresholds are found from their probabilities alone  [choice]
 FIXED = 0.3  # threshold of every label where there are fewer, or where lines are streamed  [choice]
-ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files are bytes
 
 
 class Model:
@@ -134,15 +133,14 @@ def open_model(options):
 def thresholds_given(options, labels, count):
     """-> numpy [C]; None where they are to be found from the photos, of which there are so many. Raises UsageError"""
     word = options.threshold
-    enough = count >= ENOUGH and not options.stdout
-    if word == "auto" and options.stdout:
-        raise UsageError("--threshold auto looks at all photos before the first line, --stdout does not; give a number")
-    if word == "auto" or (word is None and enough):
-        return None
-    if word is None:
+    if word is None and (count < ENOUGH or options.stdout):
+        word = FIXED
         if not options.top_k:
             say(f"labels above a probability of {FIXED} are tags (thresholds are found for {ENOUGH} photos or more)")
-        word = FIXED
+    if word == "auto" and options.stdout:
+        raise UsageError("--threshold auto looks at all photos before the first line, --stdout does not; give a number")
+    if word in (None, "auto"):
+        return None
     try:
         thresholds = np.full(len(labels), float(word))
     except ValueError:
@@ -201,12 +199,10 @@ def write_files(model, photos, thresholds, options):
     lines = [line_of(photo, row, thresholds, model.labels, options.top_k) for photo, row in read]
     tags = [tags_of(row, thresholds, options.top_k) for row in probabilities]
 
-    partial = folder / "tags.jsonl.partial"
-    with open(partial, "w", **ANY_NAME) as file:
-        file.writelines(lines)
-    written = [partial.replace(folder / "tags.jsonl"), folder / "thresholds.json"]
+    written = [folder / "tags.jsonl", folder / "thresholds.json"]
+    data.write_atomically(written[0], "".join(lines).encode("utf-8", "surrogateescape"))  # names of files are bytes
     by_label = dict(zip(model.labels, thresholds.tolist(), strict=True))
-    data.write_json(folder / "thresholds.json", by_label)
+    data.write_json(written[1], by_label)
     sheet = folder / "contact_sheet.png"
     written.append(pictures.contact_sheet(photos, model.labels, probabilities, tags, sheet))
     if options.html:

@@ -83,7 +83,7 @@ def test_good_tags_are_replaced_at_the_end_only(start, trained, place, tmp_path)
     words = ("tag.py", trained[RP].checkpoint, "--html --cache '' --output", tmp_path)
     start(*words, place / "photos").end()
     before = content_of(tmp_path)
-    start(*words, place / "photos", full_at=500).end(2)
+    start(*words, place / "photos", full_at=1000).end(2)
     assert "no photo could be read" in start(*words, place / "photos/torn.jpg").end(2)[1]
     assert before.items() <= content_of(tmp_path).items()
 
