@@ -105,7 +105,27 @@ def parse(argv):
     add("--stdout", action="store_true", help="write the lines to standard output as photos are done, and no files")
     add("--html", action="store_true", help="a page to look through the photos, too")
     add_running(parser)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.threshold = read_threshold(options.threshold)
+    if options.threshold == "auto" and options.stdout:
+        raise UsageError("--threshold auto looks at all photos before the first line, --stdout does not; give a number")
+    return options
+
+
+def read_threshold(word):
+    """--threshold -> None, "auto", a number, or {label: number}. Raises UsageError."""
+    if word in (None, "auto"):
+        return word
+    try:
+        threshold = float(word)
+        numbers = [threshold]
+    except ValueError:
+        with data.reading(word, "--threshold", 'give auto, a number, or a JSON file {"label": number}') as path:
+            threshold = dict(json.loads(path.read_text("utf-8")))
+            numbers = [float(number) for number in threshold.values()]
+    if not all(0 <= number <= 1 for number in numbers):
+        raise UsageError(f"--threshold {word}: must be from 0 to 1")
+    return threshold
 
 
 def add_running(parser):
@@ -130,27 +150,21 @@ def open_model(options):
     return model, photos
 
 
-def thresholds_given(options, labels, count):
-    """-> numpy [C]; None where they are to be found from the photos, of which there are so many. Raises UsageError"""
-    word = options.threshold
-    if word is None and (count < ENOUGH or options.stdout):
-        word = FIXED
+def thresholds_for(labels, count, options):
+    """-> numpy [C]; None where they are to be found from the photos, of which there are so many. Raises UsageError."""
+    threshold = options.threshold
+    if threshold is None and (count < ENOUGH or options.stdout):
+        threshold = FIXED
         if not options.top_k:
             say(f"labels above a probability of {FIXED} are tags (thresholds are found for {ENOUGH} photos or more)")
-    if word == "auto" and options.stdout:
-        raise UsageError("--threshold auto looks at all photos before the first line, --stdout does not; give a number")
-    if word in (None, "auto"):
+    if threshold in (None, "auto"):
         return None
-    try:
-        thresholds = np.full(len(labels), float(word))
-    except ValueError:
-        remedy = 'give auto, a number, or a JSON file {"label": number} of all labels, such as thresholds.json'
-        with data.reading(word, "--threshold", remedy) as path:
-            table = json.loads(path.read_text("utf-8"))
-            thresholds = np.array([table[label] for label in labels], float)
-    if not (thresholds >= 0).all() or not (thresholds <= 1).all():
-        raise UsageError(f"--threshold {options.threshold}: must be from 0 to 1")
-    return thresholds
+    if isinstance(threshold, float):
+        return np.full(len(labels), threshold)
+    for label in labels:
+        if label not in threshold:
+            raise UsageError(f"--threshold: the file has no number for '{label}'; add one")
+    return np.array([threshold[label] for label in labels], float)
 
 
 def tagged(model, photos, options):
@@ -236,7 +250,7 @@ def report(labels, probabilities, tags, thresholds):
 def main(argv):
     options = parse(argv)
     model, photos = open_model(options)
-    thresholds = thresholds_given(options, model.labels, len(photos))
+    thresholds = thresholds_for(model.labels, len(photos), options)
     if run.RANK > 0:  # under torchrun the processes share out the photos; the first one writes
         for _ in tagged(model, photos, options):
             pass

@@ -371,7 +371,7 @@ def test_labels_never_trained_on(start, place, tmp_path, script, more):
     start(script, "--output", tmp_path / "again", "--checkpoint", checkpoint).end()
     assert result_of(tmp_path / "again")["runs"][0]["ap"] == pytest.approx(result["runs"][0]["ap"], abs=1e-4)
     stdout, stderr = start("tag.py", checkpoint, place / "photos", "--stdout --labels", place / "foreign.txt").end()
-    assert [set(json.loads(line)["scores"]) for line in stdout.splitlines()] == 3 * [{"cup", "zebra"}]
+    assert [set(json.loads(line)["probabilities"]) for line in stdout.splitlines()] == 3 * [{"cup", "zebra"}]
     assert ("never trained on cup, zebra" in stderr) == (script == SSPA)
 
 
