@@ -56,7 +56,8 @@ def explain(model, path, image, top_k, target):
         x0, X = sspa.image_features(clip.model.visual, image[None].to(clip.device))
         prediction = network(x0, X, prompts=model.tagger.prompts)
     branches = network.config.branches
-    scores = to_numpy(sspa.branch_scores(branches, prediction.global_logits, prediction.regional_logits))
+    scores = sspa.branch_scores(branches, prediction.global_logits, prediction.regional_logits)
+    scores = to_numpy(sspa.probabilities_of(network.config, scores))
     strongest = np.argsort(-scores, kind="stable")[:top_k]
     unit_regions = F.normalize(X.float(), dim=-1)
     found = maps_of(network, prediction, unit_regions)

@@ -41,11 +41,15 @@ def _checked(scores, labels):
     return scores, labels
 
 
+def _check_range(scores):
+    if scores.size and not 0 <= scores.min() <= scores.max() <= 1:  # nan, too
+        raise ValueError("scores must be probabilities here, 0 to 1; take the sigmoid of logits")
+
+
 def _predicted(scores, threshold, top_k=None):
     if top_k is not None:
         return _strongest(scores, top_k)
-    if scores.size and not 0 <= scores.min() <= scores.max() <= 1:
-        raise ValueError("scores that are thresholded must be probabilities, 0 to 1; take the sigmoid of logits")
+    _check_range(scores)
     return scores > threshold
 
 
@@ -128,12 +132,12 @@ def _percent(**fractions):
 def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     """Per-class and overall precision, recall and F1, in percent.
 
-    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores > threshold, or, if top_k is given, the
-    top_k highest of each image (ties: the lower label index first). Ignored entries count nowhere.
-    Returns dict CP CR CF1 OP OR OF1. CP, CR: means over classes of TP/(TP+FP) and TP/(TP+FN), 0 where undefined, as in
-    RAM's public code; classes ignored everywhere are left out. CF1: harmonic mean of CP and CR, which is not the macro
-    F1 of scikit-learn or torchmetrics (a mean of F1s). OP, OR, OF1: of the sums. Raises ValueError on bad shapes or
-    values, or top_k outside 1..C.
+    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores > threshold (a number, or one a class,
+    [C]), or, if top_k is given, the top_k highest of each image (ties: the lower label index first). Ignored entries
+    count nowhere. Returns dict CP CR CF1 OP OR OF1. CP, CR: means over classes of TP/(TP+FP) and TP/(TP+FN), 0 where
+    undefined, as in RAM's public code; classes ignored everywhere are left out. CF1: harmonic mean of CP and CR, which
+    is not the mean of F1s (macro_f1). OP, OR, OF1: of the sums. Raises ValueError on bad shapes or values, or top_k
+    outside 1..C.
     """
     scores, labels = _checked(scores, labels)
     predicted = _predicted(scores, threshold, top_k)
@@ -178,3 +182,61 @@ def attribute_metrics(scores, labels, threshold=0.5):
     precision = _mean(_ratio(hits, predicted.sum(1)))
     recall = _mean(_ratio(hits, present.sum(1)))
     return _percent(mA=mA, accuracy=accuracy, precision=precision, recall=recall, F1=_f1(precision, recall))
+
+
+def macro_f1(scores, labels, threshold=0.5):
+    """Mean over classes of F1 = 2 TP / (claimed + present), as scikit-learn's macro average; percent.
+
+    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1; threshold: a number, or [C]. Classes ignored everywhere
+    are left out; one that is neither claimed nor present has F1 0. Raises ValueError as the others.
+    """
+    scores, labels = _checked(scores, labels)
+    predicted = _predicted(scores, threshold) & (labels >= 0)
+    present = labels == 1
+    hits = (predicted & present).sum(0)
+    known = (labels >= 0).any(0)
+    return 100 * _mean(_ratio(2 * hits, predicted.sum(0) + present.sum(0))[known])
+
+
+def reliability(probabilities, labels, bins=15):
+    """How often what is said to be so likely is so, over all known entries, in bins of equal width.
+
+    probabilities: [N, C] in 0..1; labels: [N, C] of 1, 0, -1 -> [3, bins + 1]: entries, sum of their probabilities, how
+    many are present; the last bin is of probabilities that are exactly 1. Raises ValueError as the others.
+    """
+    probabilities, labels = _checked(probabilities, labels)
+    _check_range(probabilities)
+    known = labels >= 0
+    probabilities = probabilities[known]
+    place = np.digitize(probabilities, np.linspace(0, 1, bins + 1)) - 1
+    return np.stack([np.bincount(place, weights, bins + 1) for weights in (None, probabilities, labels[known])])
+
+
+def calibration_error(probabilities, labels, bins=15):
+    """Expected calibration error, percent: mean |mean probability - share present| of the bins, weighted by entries;
+    as torchmetrics' binary_calibration_error with norm l1 of all entries. Arguments: see reliability"""
+    entries, said, present = reliability(probabilities, labels, bins)
+    return 100 * float(_ratio(np.abs(said - present).sum(), entries.sum()))
+
+
+def brier_score(probabilities, labels):
+    """Mean squared difference of probability and label over all known entries; a fraction, 0 is best."""
+    probabilities, labels = _checked(probabilities, labels)
+    _check_range(probabilities)
+    return _mean(((probabilities - labels) ** 2)[labels >= 0])
+
+
+def expected_f1_thresholds(probabilities):
+    """A threshold a class that maximises the F1 to be expected of these images; no label is used.
+
+    probabilities: [N, C] in 0..1 -> float64 [C]. With k tagged, the likeliest, F(k) = 2 (sum of their probabilities) /
+    (k + sum of all). One more raises F where its p > F / 2, so the best set is all p > max F / 2. Where all are 0 the
+    threshold is 1. Raises ValueError for other values and shapes. Field: Ye et al. 2012; Lipton et al. 2014.
+    """
+    probabilities, _ = _checked(probabilities, np.zeros_like(probabilities))
+    _check_range(probabilities)
+    highest_first = -np.sort(-probabilities.astype(float), axis=0)
+    tagged = np.arange(1, len(highest_first) + 1)[:, None]
+    expected = 2 * highest_first.cumsum(0) / (tagged + highest_first.sum(0))
+    best = expected.max(0, initial=0)
+    return np.where(best > 0, best / 2, 1.0)

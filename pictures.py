@@ -90,11 +90,12 @@ def contact_sheet(photos, names, scores, tags, path):
     return _write(sheet, path)
 
 
-def page(path, lines, total, threshold, top_k=None):
+def page(path, lines, total, thresholds, top_k=None):
     """One HTML file, assets/page.html with the first PAGE photos in it: thumbnails, tags, a filter, a slider. -> Path
 
-    lines: JSON {"photo": path, "scores": {label: 0..1, strongest first}} each; total: photos in all; threshold: where
-    the slider starts; top_k: at most so many tags a photo, or None. Raises UsageError if it cannot be written.
+    lines: JSON {"photo": path, "probabilities": {label: 0..1, likeliest first}} each; total: photos in all; thresholds:
+    {label: 0..1}, where the slider starts; top_k: so many tags a photo whatever the thresholds, or None. Raises
+    UsageError if it cannot be written.
     """
     photos = []
     for entry in map(json.loads, lines[:PAGE]):
@@ -108,8 +109,8 @@ def page(path, lines, total, threshold, top_k=None):
         photos.append({"name": str(photo),
                        "link": photo.absolute().as_uri(),
                        "thumbnail": thumbnail,
-                       "scores": list(entry["scores"].items())[:50]})
-    content = json.dumps({"photos": photos, "total": total, "threshold": threshold, "top_k": top_k})
+                       "probabilities": list(entry["probabilities"].items())[:50]})
+    content = json.dumps({"photos": photos, "total": total, "thresholds": thresholds, "top_k": top_k})
     template = data.read_text(data.ASSETS / "page.html", "template")
     html = template.replace("/*DATA*/", content.replace("<", "\\u003c"))  # so no name ends the script
     data.write_atomically(path, html)

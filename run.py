@@ -443,18 +443,37 @@ def check_fits(path, metadata, names, encoder, encoder_key):
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
-def measure(logits, scores, truth):
-    """What is recorded of one run. logits [N, C] rank, scores [N, C] are thresholded; truth [N, C] -> dict, percent"""
+def measure(logits, scores, probabilities, truth):
+    """What is recorded of one run. logits [N, C] rank, scores [N, C] in 0..1 are cut at 0.5, as the papers do;
+    probabilities: what these state, or None; tensors; truth: numpy [N, C] -> dict, percent"""
+    logits = logits.numpy()
+    scores = scores.numpy()
     if not np.isfinite(logits).all():
         raise Diverged("the scores of the test photos are not finite; lower --lr")
-    return {
+    result = {
         "mAP": metrics.mean_average_precision(logits, truth),
         "mAP_interpolated": metrics.mean_average_precision(logits, truth, interpolated=True),
-        "threshold_0.5": metrics.multilabel_f1(scores, truth),
+        "threshold_0.5": f1_at(scores, truth, 0.5),
         "top_3": metrics.multilabel_f1(scores, truth, top_k=min(3, truth.shape[1])),
         "attributes": metrics.attribute_metrics(scores, truth),
+        "score": calibration(scores, truth),
         "ap": (100 * metrics.average_precision(logits, truth)).tolist(),
     }
+    if probabilities is not None:
+        probabilities = probabilities.numpy()
+        thresholds = metrics.expected_f1_thresholds(probabilities)
+        result["label_free"] = f1_at(probabilities, truth, thresholds)
+        result["probability"] = calibration(probabilities, truth)
+    return result
+
+
+def f1_at(scores, truth, threshold):
+    return {**metrics.multilabel_f1(scores, truth, threshold), "macro F1": metrics.macro_f1(scores, truth, threshold)}
+
+
+def calibration(scores, truth):
+    return {"calibration error": metrics.calibration_error(scores, truth),
+            "Brier": 100 * metrics.brier_score(scores, truth), "bins": metrics.reliability(scores, truth).tolist()}
 
 
 def spread(values):
@@ -519,6 +538,12 @@ def peak_memory_mib():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20)
 
 
+def f1s(runs, group):
+    """CF1, OF1 and macro F1, means over runs, as a row's end"""
+    CF1, OF1, macro = (spread([one[group][name] for one in runs])[0] for name in ("CF1", "OF1", "macro F1"))
+    return f"{CF1:8.1f}{OF1:8.1f}{macro:12.1f}"
+
+
 def report(record, row, learnt_from):
     """Print a result as a person reads it. row: what the method's row is called; learnt_from: words"""
     runs = record["runs"]
@@ -530,14 +555,17 @@ def report(record, row, learnt_from):
     if record["mAP"] is None:
         print("(no test photos for these labels: nothing to score; --dataset names a set that has them)")
         return
-    print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}")
+    print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}{'macro F1 %':>12}")
     print(f"{'zero-shot (cosine)':<34}{record['zero_shot_mAP']:8.2f}")
     if record["linear_probe_mAP"] is not None:
         print(f"{'linear probe of its training data':<34}{record['linear_probe_mAP']:8.2f}")
     deviation = f" ±{record['mAP_std']:4.2f}" if len(runs) > 1 else ""
-    CF1, _ = spread([one["threshold_0.5"]["CF1"] for one in runs])
-    OF1, _ = spread([one["threshold_0.5"]["OF1"] for one in runs])
-    print(f"{row:<34}{record['mAP']:8.2f}{deviation:6}{CF1:8.1f}{OF1:8.1f}")
+    print(f"{row:<34}{record['mAP']:8.2f}{deviation:6}{f1s(runs, 'threshold_0.5')}")
+    score_error, _ = spread([one["score"]["calibration error"] for one in runs])
+    if "label_free" in runs[0]:
+        probability_error, _ = spread([one["probability"]["calibration error"] for one in runs])
+        print(f"{'  thresholds without labels':<48}{f1s(runs, 'label_free')}")
+        print(f"calibration error: score {score_error:.1f} %, probability {probability_error:.1f} %")
     if all(label["trained"] for label in record["per_class"]):
         return
     for trained, words in ((True, "trained on"), (False, "never trained on")):

@@ -37,6 +37,27 @@ experiments() {
         rp "features-8000-texts${noise// /-}" --train-count 8000 --epochs 60 $noise
     done
 
+    for dataset in scenes features; do  # what scores and probabilities are worth: docs/probabilities.md
+        for loss in "--gamma-neg 0" "--gamma-neg 1" "--gamma-neg 2" "--clip 0.05" "--focal-gradient stopped" \
+                    "--loss bce"; do
+            rp "$dataset${loss// /-}" $loss
+        done
+    done
+    for count in 1 2 4; do
+        words "first-$count-drawn.txt" $(echo sun star bird car | cut -d " " -f "1-$count")
+        rp "scenes-first-$count" --dataset scenes --labels "$RUNS/first-$count-drawn.txt"
+        words "first-$count-seen.txt" $(echo car dog chair bottle | cut -d " " -f "1-$count")
+        rp "features-first-$count" --labels "$RUNS/first-$count-seen.txt"
+    done
+    if ! [ "$plan" ] && wanted rp-scenes-templates; then
+        python llm_text.py sentences --dataset scenes --llm template --count 8000 --out "$RUNS/templates.jsonl" --quiet
+    fi
+    rp scenes-templates --texts "$RUNS/templates.jsonl"
+    rp ucm-toy --backbone scenes
+    sspa ucm-toy --tune-image none --backbone scenes
+    once thresholds-features thresholds.json experiments/thresholds.py --features "$FEATURES" --seed ${SEEDS:-0 1 2}
+    once thresholds-scenes thresholds.json experiments/thresholds.py --seed ${SEEDS:-0 1 2}
+
     drawn=("sun cloud balloon mushroom car apple" "moon bird tree umbrella boat cup" "star kite flower house fish ball")
     seen=("aeroplane boat car cow horse pottedplant train" "bicycle bottle cat diningtable motorbike sheep tvmonitor" \
           "bird bus chair dog person sofa")
@@ -95,6 +116,8 @@ rp() { train adapter_rp.py "rp-$1" "$@"; }
 sspa() { train sspa.py "sspa-$1" "$@"; }
 maps() { once "maps-$1" localize.json experiments/localize.py --test-count 400 --checkpoint "$RUNS/sspa-$1/checkpoints"
 }
+wanted() { [[ "$1" =~ ^(${ONLY// /|}) ]]; }
+words() { [ "$plan" ] || printf '%s\n' "${@:2}" > "$RUNS/$1"; }  # FILE WORDS
 once() { [ -f "$RUNS/$1/$2" ] || run "$1" "${@:3}"; }  # NAME RESULT SCRIPT WORDS
 train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
     case "${3%%-*}" in
@@ -105,7 +128,7 @@ train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
     run "$2" "$1" "${where[@]}" "${@:4}" --seed ${SEEDS:-0 1 2} ${GPU:+--gpu $GPU} $OPTIONS
 }
 run() {  # NAME SCRIPT WORDS. $RUNS/NAME: the run; NAME.log: what it said; NAME.reason: why it came to nothing
-    [[ "$1" =~ ^(${ONLY// /|}) ]] || return 0
+    wanted "$1" || return 0
     local at="$RUNS/$1"
     set -- python "${@:2}" --output "$at"
     if [ "$plan" ]; then printf '%q ' "$@"; echo; return; fi

@@ -15,6 +15,7 @@ The method, part by part, in the figure's order                         where
     # SSPA: soft aggregator   T_fn, X_fn -> s_R [B, C]                  soft_aggregate_reference
     # SSPA: global branch   x0, T_g -> s_G [B, C], and all arrows       SSPA.forward
     # SSPA: losses, prediction                                          asymmetric_loss_reference, branch_scores
+    what a score states as a chance (beyond the paper)                  asymmetric_probability
     # SSPA: fast paths                                                  *_fused, each the same as its *_reference
 
     python sspa.py --tune-image none --seed 0 1 2       three seeds, 12 minutes on two cores, drawn scenes: 68.9 mAP
@@ -268,7 +269,7 @@ class GatedAttention(nn.Module):
         self.attend = gated_attention_fused if impl == "fused" else gated_attention_reference
         self.query = nn.Parameter(torch.eye(d))                                  # choice D5: starts as the identity
         self.key = nn.Parameter(torch.eye(d))
-        self.value = nn.Parameter(torch.eye(d))
+        self.value = nn.Parameter(torch.zeros(d, d))                             # choice D5: nothing is added at first
         self.log_scale = log_scale(d, attention_scale)
         self.gated = gated
         if gated:  # half open at the start
@@ -340,6 +341,23 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, cli
     absent = -absent_weight * log_not_q.clamp_max(0)
     loss = torch.where(targets == 1, present, torch.where(targets == 0, absent, 0))
     return loss.sum() / z.shape[-2]
+
+
+def asymmetric_probability(logits, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
+    """The chance that a logit states.  [docs/probabilities.md; choice D15]
+
+    A label of chance pi has the smallest expected loss where pi l1'(z) + (1 - pi) l0'(z) = 0, l1 and l0 the loss of a
+    present and of an absent label. So pi = l0' / (l0' - l1'); without exponents and clip this is the sigmoid.
+    logits: [..., N, C] -> float64, the same shape, in 0..1, monotone
+    """
+    slopes = []
+    for target in (0, 1):
+        z = logits.detach().double().clamp(-700, 700).contiguous()  # float64's exp goes no further
+        targets = torch.full_like(z, target, dtype=torch.int8)
+        asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_gradient)  # z is now d loss / d z
+        slopes.append(z)
+    absent, present = slopes
+    return absent / (absent - present)
 
 
 # --- SSPA: the whole --------------------------------------------------------------------------------------------------
@@ -513,6 +531,11 @@ def branch_scores(branches, global_logits, regional_logits):
     if branches == "regional":
         return regional_scores
     return (global_scores + regional_scores) / 2
+
+
+def probabilities_of(config, scores):
+    """Scores in 0..1, float64 [N, C] -> the chances that they state: of the mean score, so that its ranking stays."""
+    return asymmetric_probability(torch.logit(scores), config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
 
 
 # --- labels and photos ------------------------------------------------------------------------------------------------
@@ -756,9 +779,9 @@ def score(config, clip, model, photos):
 def evaluate(config, clip, model, photos):
     """-> dict for metrics.json: what run.measure gives, and the mAP of each branch that is on"""
     global_logits, regional_logits = score(config, clip, model, photos)
-    scores = branch_scores(config.branches, global_logits, regional_logits).numpy()
+    scores = branch_scores(config.branches, global_logits, regional_logits)
     truth = photos.labels.numpy()
-    result = run.measure(scores, scores, truth)  # the scores rank, too
+    result = run.measure(scores, scores, probabilities_of(config, scores), truth)  # the scores rank, too
     if config.branches != "regional":
         result["mAP_global"] = metrics.mean_average_precision(global_logits.numpy(), truth)
     if config.branches != "global":

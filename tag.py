@@ -4,17 +4,18 @@
     python tag.py CHECKPOINT PHOTOS... --html --threshold 0.6          and tags/tags.html, a page to look through them
     python tag.py CHECKPOINT PHOTOS... --stdout                        a line a photo as soon as it is done, no files
 
-A photo gives a JSON line: {"photo": path, "labels": [tags, strongest first], "scores": {label: 0 to 1}}. Scores are
-cached a photo a row, so the same command after a kill, with more photos or with another threshold computes only what
-is new. In Python:
+A photo gives a JSON line: {"photo": path, "labels": [tags, strongest first], "probabilities": {label: 0 to 1}}. A tag
+is a label whose probability is above the label's threshold. Without a number these thresholds are those at which the
+probabilities of the photos at hand lead one to expect the highest F1; they stand in thresholds.json. Scores are cached
+a photo a row, so the same command after a kill, with more photos or with other thresholds computes only what is new.
+In Python:
 
     model = tag.load("checkpoint.safetensors")
-    model.labels                                      # C names
-    model.scores(["photo.jpg", image, tensor])        # float64 [3, C] in 0..1
+    model.labels                                             # C names
+    model.probabilities(["photo.jpg", image, tensor])        # float64 [3, C]; model.scores: before they are corrected
 """
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +24,25 @@ import torch
 import adapter_rp
 import data
 import embed
+import metrics
 import pictures
 import run
 import sspa
 from data import UsageError, say
 
-ANY_NAME = {"encoding": "utf-8", "errors": "surrogateescape"}  # names of files are bytes
+ENOUGH = 100  # photos, from which on thresholds are found from their probabilities alone  [choice]
+FIXED = 0.3  # threshold of every label where there are fewer, or where lines are streamed  [choice]
 
 
 class Model:
     """A trained model of either method."""
 
-    def __init__(self, tagger, labels):
+    def __init__(self, tagger, labels, to_probabilities):
+        """to_probabilities: probabilities_of of the method's script"""
         self.tagger = tagger
         self.clip = tagger.clip
         self.labels = labels
+        self.to_probabilities = to_probabilities
 
     def scores(self, photos):
         """photos: PIL images, paths, or tensors [3, H, W] as self.clip.preprocess gives them, N in all
@@ -49,6 +54,18 @@ class Model:
                 features = self.tagger.encode(images.to(self.clip.device))
             scores.append(self.tagger.scores_of(features).cpu().numpy())
         return np.concatenate(scores)
+
+    def probabilities(self, photos):
+        """The same, as the chances that the scores state. Raises UsageError for a model that states none."""
+        return self.probabilities_of(torch.from_numpy(self.scores(photos)))
+
+    def probabilities_of(self, scores):
+        """float64 [N, C] -> numpy [N, C]"""
+        probabilities = self.to_probabilities(self.tagger.config, scores)
+        if probabilities is None:
+            raise UsageError("the model was trained with --loss ranking, whose scores are no probabilities; train it "
+                             "with another --loss")
+        return probabilities.numpy()
 
     def as_tensor(self, photo):
         if isinstance(photo, torch.Tensor):
@@ -71,7 +88,7 @@ def load(checkpoint, device="cpu", labels=None, cache=None, precision="fp32"):
     config.precision = precision
     clip = run.load_clip(config, torch.device(device))
     labels = labels or metadata["names"]
-    return Model(method.Tagger(config, checkpoint, stored, metadata, clip, labels), labels)
+    return Model(method.Tagger(config, checkpoint, stored, metadata, clip, labels), labels, method.probabilities_of)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -81,16 +98,34 @@ def parse(argv):
     add("checkpoint", metavar="CHECKPOINT")
     add("photos", nargs="+", metavar="PHOTOS", help="files or folders")
     add("--labels", metavar="FILE", help="other labels than it was trained on, one a line, where the method can")
-    add("--threshold", type=float, default=0.5, metavar="T", help="a label above this score is a tag (default: 0.5)")
-    add("--top-k", type=run.COUNT, metavar="K", help="the K strongest labels are the tags, whatever their scores")
+    add("--threshold", metavar="T", help="a label above this probability is a tag: a number, a JSON file {label: "
+        f"number}}, or auto: for each label, from all photos (default: auto from {ENOUGH} photos on, else {FIXED})")
+    add("--top-k", type=run.COUNT, metavar="K", help="the K likeliest labels are the tags, whatever the thresholds")
     add("--output", default="tags", metavar="DIR", help="folder of results (default: tags)")
     add("--stdout", action="store_true", help="write the lines to standard output as photos are done, and no files")
     add("--html", action="store_true", help="a page to look through the photos, too")
     add_running(parser)
     options = parser.parse_args(argv)
-    if not 0 <= options.threshold <= 1:
-        raise UsageError(f"--threshold {options.threshold:g}: must be from 0 to 1")
+    options.threshold = read_threshold(options.threshold)
+    if options.threshold == "auto" and options.stdout:
+        raise UsageError("--threshold auto looks at all photos before the first line, --stdout does not; give a number")
     return options
+
+
+def read_threshold(word):
+    """--threshold -> None, "auto", a number, or {label: number}. Raises UsageError."""
+    if word in (None, "auto"):
+        return word
+    try:
+        threshold = float(word)
+        numbers = [threshold]
+    except ValueError:
+        with data.reading(word, "--threshold", 'give auto, a number, or a JSON file {"label": number}') as path:
+            threshold = dict(json.loads(path.read_text("utf-8")))
+            numbers = [float(number) for number in threshold.values()]
+    if not all(0 <= number <= 1 for number in numbers):
+        raise UsageError(f"--threshold {word}: must be from 0 to 1")
+    return threshold
 
 
 def add_running(parser):
@@ -115,8 +150,25 @@ def open_model(options):
     return model, photos
 
 
-def scored(model, photos, options):
-    """-> iterator over (photo, scores [C]) of the photos that can be read"""
+def thresholds_for(labels, count, options):
+    """-> numpy [C]; None where they are to be found from the photos, of which there are so many. Raises UsageError."""
+    threshold = options.threshold
+    if threshold is None and (count < ENOUGH or options.stdout):
+        threshold = FIXED
+        if not options.top_k:
+            say(f"labels above a probability of {FIXED} are tags (thresholds are found for {ENOUGH} photos or more)")
+    if threshold in (None, "auto"):
+        return None
+    if isinstance(threshold, float):
+        return np.full(len(labels), threshold)
+    for label in labels:
+        if label not in threshold:
+            raise UsageError(f"--threshold: the file has no number for '{label}'; add one")
+    return np.array([threshold[label] for label in labels], float)
+
+
+def tagged(model, photos, options):
+    """-> iterator over (photo, probabilities [C]) of the photos that can be read"""
     tagger = model.tagger
     rows = embed.encode_photos(model.clip, photos, tagger.encoder, tagger.encode, options.cache, options.workers,
                                options.quiet)
@@ -125,84 +177,89 @@ def scored(model, photos, options):
         if features is not None:
             count += 1
             one = {name: tensor[None] for name, tensor in features.items()}
-            yield photos[row], tagger.scores_of(one)[0].cpu().numpy()
+            yield photos[row], model.probabilities_of(tagger.scores_of(one))[0]
     if not count:
         raise UsageError("no photo could be read; check the files named above")
 
 
-def tags_of(scores, options):
-    """Indices of the labels that become tags, strongest first."""
-    order = np.argsort(-scores, kind="stable")
-    if options.top_k:
-        return order[:options.top_k]
-    return order[scores[order] > options.threshold]
+def tags_of(probabilities, thresholds, top_k):
+    """Indices of the labels that become tags, likeliest first."""
+    order = np.argsort(-probabilities, kind="stable")
+    if top_k:
+        return order[:top_k]
+    return order[probabilities[order] > thresholds[order]]
 
 
-def line_of(photo, scores, labels, options):
+def line_of(photo, probabilities, thresholds, labels, top_k):
     """The JSON line of a photo"""
-    order = np.argsort(-scores, kind="stable")[:options.top_k]
-    line = {"photo": str(photo), "labels": [labels[label] for label in tags_of(scores, options)],
-            "scores": {labels[label]: round(float(scores[label]), 4) for label in order}}
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    tags = [labels[label] for label in tags_of(probabilities, thresholds, top_k)]
+    line = {"photo": str(photo), "labels": tags,
+            "probabilities": {labels[label]: round(float(probabilities[label]), 4) for label in order}}
     return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def write_files(model, photos, options):
-    """DIR/tags.jsonl, contact_sheet.png and, with --html, tags.html; what was there is replaced at the end alone."""
+def write_files(model, photos, thresholds, options):
+    """DIR/tags.jsonl, thresholds.json, contact_sheet.png and, with --html, tags.html. What was there is replaced at the
+    end alone."""
     folder = Path(options.output)
     lock = data.hold(folder / ".lock", f"--output {folder}")
-    partial = folder / "tags.jsonl.partial"
-    counts = Counter()
-    total = 0
-    without = 0
-    seen = []  # on the contact sheet
-    seen_scores = []
-    lines = []  # of the page
-    with open(partial, "w", **ANY_NAME) as file:
-        for photo, scores in scored(model, photos, options):
-            line = line_of(photo, scores, model.labels, options)
-            file.write(line)
-            tags = json.loads(line)["labels"]
-            counts.update(tags)
-            total += 1
-            without += not tags
-            if len(seen) < pictures.SHEET:
-                seen.append(photo)
-                seen_scores.append(scores)
-            if len(lines) < pictures.PAGE:
-                lines.append(line)
-            if total % embed.BATCH == 0:
-                file.flush()
-    written = [partial.replace(folder / "tags.jsonl")]
-    tags = [tags_of(scores, options) for scores in seen_scores]
+    read = list(tagged(model, photos, options))
+    photos = [photo for photo, _ in read]
+    probabilities = np.stack([row for _, row in read])
+    if thresholds is None:
+        found = metrics.expected_f1_thresholds(probabilities)
+        thresholds = np.array([float(f"{threshold:.4g}") for threshold in found])  # as the file shows them
+    lines = [line_of(photo, row, thresholds, model.labels, options.top_k) for photo, row in read]
+    tags = [tags_of(row, thresholds, options.top_k) for row in probabilities]
+
+    written = [folder / "tags.jsonl", folder / "thresholds.json"]
+    data.write_atomically(written[0], "".join(lines).encode("utf-8", "surrogateescape"))  # names of files are bytes
+    by_label = dict(zip(model.labels, thresholds.tolist(), strict=True))
+    data.write_json(written[1], by_label)
     sheet = folder / "contact_sheet.png"
-    written.append(pictures.contact_sheet(seen, model.labels, np.stack(seen_scores), tags, sheet))
+    written.append(pictures.contact_sheet(photos, model.labels, probabilities, tags, sheet))
     if options.html:
-        threshold = -1 if options.top_k else options.threshold
-        written.append(pictures.page(folder / "tags.html", lines, total, threshold, options.top_k))
+        page = folder / "tags.html"
+        written.append(pictures.page(page, lines[:pictures.PAGE], len(lines), by_label, options.top_k))
     lock.release()
-    report(counts, total, without, written)
-
-
-def report(counts, total, without, written):
-    """What a person wants to know at the end."""
-    print(f"{total:,} photos tagged, {without:,} of them with no label\n")
-    for label, count in counts.most_common():
-        print(f"{label[:40]:<42}{count:>8,}")
+    report(model.labels, probabilities, tags, thresholds)
     print("\nin " + ", ".join(map(str, written)))
+
+
+def report(labels, probabilities, tags, thresholds):
+    """What a person wants to know at the end. What is expected follows from the probabilities alone."""
+    chosen = np.zeros(probabilities.shape, bool)
+    for row, some in zip(chosen, tags, strict=True):
+        row[some] = True
+    without = (~chosen.any(1)).sum()
+    print(f"{len(tags):,} photos tagged; {without:,} carry none of these labels\n")
+    print(f"{'label':<32}{'photos':>8}{'threshold':>11}{'precision %':>13}{'F1 %':>7}   (both as expected)")
+    for label in np.argsort(-chosen.sum(0), kind="stable"):
+        p = probabilities[:, label]
+        count = chosen[:, label].sum()
+        line = f"{labels[label][:31]:<32}{count:8,}{thresholds[label]:11.2f}"
+        if count:
+            right = p[chosen[:, label]].sum()
+            line += f"{100 * right / count:13.0f}{200 * right / (count + p.sum()):7.0f}"
+        print(line)
+    print("\nPrecision: of the photos with this tag, how many show it. F1: that, and how many of the photos that show "
+          "it\nhave the tag, in one number. Both hold as far as the probabilities do: nobody looked at the photos.")
 
 
 def main(argv):
     options = parse(argv)
     model, photos = open_model(options)
+    thresholds = thresholds_for(model.labels, len(photos), options)
     if run.RANK > 0:  # under torchrun the processes share out the photos; the first one writes
-        for _ in scored(model, photos, options):
+        for _ in tagged(model, photos, options):
             pass
     elif options.stdout:
-        for photo, scores in scored(model, photos, options):
-            sys.stdout.write(line_of(photo, scores, model.labels, options))
+        for photo, probabilities in tagged(model, photos, options):
+            sys.stdout.write(line_of(photo, probabilities, thresholds, model.labels, options.top_k))
             sys.stdout.flush()
     else:
-        write_files(model, photos, options)
+        write_files(model, photos, thresholds, options)
 
 
 if __name__ == "__main__":

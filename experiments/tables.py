@@ -2,7 +2,8 @@
 
     python experiments/tables.py            runs/tables -> results/tables.md; a missing cell holds the reason
     python experiments/tables.py --docs     its finished runs -> assets/tables.json; that file -> the tables' places in
-                                            docs/results.md and, where matplotlib is installed, assets/tables/*.png
+                                            docs/{results,probabilities}.md and, where matplotlib is installed, the
+                                            pictures of assets/tables
     python experiments/tables.py --demo D   the table of `bash run_all.sh demo`, of what is there of its runs
 
 Percent; mean and sample standard deviation over seeds. What somebody has read elsewhere: assets/paper_numbers.json.
@@ -29,7 +30,7 @@ from run import exit_codes
 ASSETS = REPOSITORY / "assets"
 RECORD = ASSETS / "tables.json"
 PAPERS = ASSETS / "paper_numbers.json"
-DOCS = REPOSITORY / "docs/results.md"
+DOCS = [REPOSITORY / "docs" / name for name in ("results.md", "probabilities.md")]
 SETS = ("scenes", "features", *data.DATASETS[1:])
 NO_NOISE = "--noise-std-0"  # a run's name ends in the options that set it apart from the run before it
 STRENGTHS = {0: NO_NOISE, 0.05: "--noise-std-0.05", 0.1: "--noise-std-0.1", 0.15: "", 0.2: "--noise-std-0.2"}
@@ -50,6 +51,17 @@ METRICS = {  # title of a column: where a run of metrics.json keeps the number, 
     "mAP, regional branch": "mAP_regional", "CF1": "threshold_0.5/CF1", "OF1": "threshold_0.5/OF1",
     "CF1, top 3": "top_3/CF1", "OF1, top 3": "top_3/OF1", "mA": "attributes/mA", "accuracy": "attributes/accuracy",
     "precision": "attributes/precision", "recall": "attributes/recall", "F1": "attributes/F1"}
+CHANCES = {  # likewise, of docs/probabilities.md
+    "calibration error, score": "score/calibration error", "probability": "probability/calibration error",
+    "Brier x 100, score": "score/Brier", "Brier x 100, probability": "probability/Brier",
+    "macro F1, score > 0.5": "threshold_0.5/macro F1", "macro F1, label-free": "label_free/macro F1",
+    "micro F1, score > 0.5": "threshold_0.5/OF1", "micro F1, label-free": "label_free/OF1"}
+OTHERS = {  # runs of RP whose probabilities are looked at: end of the name, words
+    "": "", "--gamma-neg-0": ", gamma- 0", "--gamma-neg-1": ", gamma- 1", "--gamma-neg-2": ", gamma- 2",
+    "--clip-0.05": ", clip 0.05", "--focal-gradient-stopped": ", focal gradient stopped", "--loss-bce": ", bce",
+    "-250-texts": "", "-templates": ", template sentences", "-first-1": ", one label", "-first-2": ", two labels",
+    "-first-4": ", four labels", "-toy": ", toy CLIP"}
+CURVES = {"rp-features": "RP, photo features", "rp-scenes": "RP, scenes", "sspa-scenes-short": "SSPA, scenes"}
 COSTS = ("prompt tuning, ms a step", "adapter, ms a step", "ratio of the times", "ratio of the multiplications")
 PUBLISHED = ("dataset", "metric", "value", "method", "backbone", "source", "note")  # of a cell of paper_numbers.json
 
@@ -82,7 +94,7 @@ def read_run(result):
         raise ValueError("not finished")
     runs = result["runs"]
     numbers = {}
-    for title, place in METRICS.items():
+    for title, place in [*METRICS.items(), *CHANCES.items()]:
         group, _, key = place.rpartition("/")
         numbers[title] = summary([run.get(group, run).get(key) for run in runs])
     numbers["zero-shot mAP"] = summary([result["zero_shot_mAP"]])
@@ -98,7 +110,8 @@ def read_run(result):
         trained = "{text_count:,} texts"
     tested = "{photo_count:,} photos, {label_count} labels, {backbone}; {policy}"
     facts = facts_of(result, tested.format(**result), numbers)
-    return {**facts, "seeds": result["seeds"], "trained on": trained.format(**result)}
+    curves = {name: runs[0][name] for name in ("score", "probability") if name in runs[0]}
+    return {**facts, "seeds": result["seeds"], "trained on": trained.format(**result), "curves": curves}
 
 
 def read_benchmark(result):
@@ -123,6 +136,15 @@ def read_maps(result):
     return facts_of(result, "{asked:,} things in {photos:,} photos".format(**models[0]), numbers)
 
 
+def read_thresholds(result):
+    """thresholds.json: macro and micro F1 of each way to choose them"""
+    numbers = {}
+    for way, pairs in result["values"].items():
+        for kind, values in zip(("macro", "micro"), zip(*pairs, strict=True), strict=True):
+            numbers[f"{kind} F1, {way}"] = summary(values)
+    return facts_of(result, result["dataset"], numbers)
+
+
 def read_baselines(result):
     """baselines.json: mAP of each baseline"""
     numbers = {}
@@ -133,7 +155,7 @@ def read_baselines(result):
 
 
 READERS = {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize.json": read_maps,
-           "baselines.json": read_baselines}
+           "baselines.json": read_baselines, "thresholds.json": read_thresholds}
 
 
 def look(folder):
@@ -281,6 +303,25 @@ def sspa_maps(runs):
     return Table("SSPA: where its maps point, scenes, hits of the pointing game", ["mAP", *MAPS], rows)
 
 
+def probabilities(runs):
+    ends = [f"/{title}" for title in CHANCES]
+    rows = []
+    for method, kinds in (("rp", OTHERS), ("sspa", {"": "", "-short": "", "-tuned-short": ", tuned", "-toy": ""})):
+        for label, *cells in grid(runs, method, kinds, ends):
+            rows.append([f"{method.upper()}, {label}", *cells])
+    return Table("What scores and probabilities are worth, percent", CHANCES, rows)
+
+
+def thresholds(runs):
+    """Macro and micro F1 of ways to choose thresholds"""
+    places = [f"thresholds-{dataset}/{kind} F1" for dataset in ("features", "scenes") for kind in ("macro", "micro")]
+    ways = dict.fromkeys(name.partition(", ")[2] for run in ("thresholds-features", "thresholds-scenes")
+                         for name in runs.get(run, {"numbers": ()}).get("numbers", ()))
+    rows = [[way, *(number(runs, f"{place}, {way}") for place in places)] for way in ways]
+    columns = ["features, macro F1", "features, micro F1", "scenes, macro F1", "scenes, micro F1"]
+    return Table("RP: ways to choose thresholds", columns, rows)
+
+
 def unseen(runs):
     titles = ["seen", "seen, zero-shot", "unseen", "unseen, zero-shot"]
     rows = []
@@ -323,7 +364,7 @@ def tables_of(runs):
     """runs: what look gives -> {name: Table}, without rows that have nothing to say"""
     tables = {}
     for make in (rp_main, rp_baselines, rp_noise, rp_law, rp_texts, rp_cost, sspa_main, sspa_photos, sspa_ablations,
-                 sspa_maps, unseen, published):
+                 sspa_maps, probabilities, thresholds, unseen, published):
         table = make(runs)
         rows = [row for row in table.rows if any(row[1:])]
         tables[make.__name__.replace("_", "-")] = table._replace(rows=rows)
@@ -382,16 +423,36 @@ def draw(table, path):
     figure.savefig(path, bbox_inches="tight")
 
 
+def draw_reliability(record, path):
+    """For each model of CURVES, in bins of what is said: how often it is so, by score and by probability."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3.6), dpi=110)
+    for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for offset, (kind, curve) in enumerate(record[name]["curves"].items()):
+            entries, said, present = np.array(curve["bins"]) + 1e-9
+            axes.bar(said / entries + 0.02 * offset, present / entries, 0.02, label=kind)
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+        axes.set(title=title, xlabel="said", xlim=(0, 1.03), ylim=(0, 1))
+    figure.axes[0].set_ylabel("share that is so")
+    figure.axes[0].legend()
+    figure.savefig(path, bbox_inches="tight")
+
+
 def write_docs(folder):
     """Finished runs join those in the record, which is shown in docs/results.md and the pictures."""
     record = data.read_json(RECORD, "record of runs")
     record |= {name: run for name, run in look(folder).items() if "numbers" in run}
+    for name, run in record.items():
+        if name not in CURVES:
+            run.pop("curves", None)
     tables = tables_of(record)
-    data.write_atomically(DOCS, filled_in(data.read_text(DOCS, "page"), tables))
+    for page in DOCS:
+        data.write_atomically(page, filled_in(data.read_text(page, "page"), tables))
     data.write_json(RECORD, record)
     if find_spec("matplotlib"):
         for name in ("rp-noise", "rp-texts", "sspa-photos"):
             draw(tables[name], ASSETS / f"tables/{name}.png")
+        draw_reliability(record, ASSETS / "tables/reliability.png")
 
 
 def write_results(folder, path):

@@ -102,6 +102,8 @@ REFUSED = {  # command: what the answer must hold
     "tag.py {place}/photos/a.png {place}/photos": "; pass a checkpoint.safetensors",
     "tag.py {rp} {place}/photos/empty": "photos end in .jpg",
     "tag.py {rp} {place}/photos --threshold 50": "--threshold 50: must be from 0 to 1",
+    "tag.py {rp} {place}/photos --threshold auto --stdout": "--stdout does not; give a number",
+    "tag.py {rp} {place}/photos --threshold nowhere.json": "nowhere.json: no such file; give auto, a number",
     "tag.py {rp} {place}/photos --top-k 0": "--top-k: must be at least 1",
     "tag.py {rp} {place}/photos --workers -1": "--workers: must",
     "tag.py {rp} {place}/photos --gpu -1": "--gpu: must",
@@ -369,7 +371,7 @@ def test_labels_never_trained_on(start, place, tmp_path, script, more):
     start(script, "--output", tmp_path / "again", "--checkpoint", checkpoint).end()
     assert result_of(tmp_path / "again")["runs"][0]["ap"] == pytest.approx(result["runs"][0]["ap"], abs=1e-4)
     stdout, stderr = start("tag.py", checkpoint, place / "photos", "--stdout --labels", place / "foreign.txt").end()
-    assert [set(json.loads(line)["scores"]) for line in stdout.splitlines()] == 3 * [{"cup", "zebra"}]
+    assert [set(json.loads(line)["probabilities"]) for line in stdout.splitlines()] == 3 * [{"cup", "zebra"}]
     assert ("never trained on cup, zebra" in stderr) == (script == SSPA)
 
 

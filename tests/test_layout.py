@@ -10,7 +10,7 @@ MAY_IMPORT = {
     "scenes": "", "metrics": "", "data": "scenes", "datasets": "data scenes", "embed": "data scenes",
     "baselines": "metrics data", "pictures": "data", "llm_text": "data", "run": "data embed metrics baselines",
     "adapter_rp": "run data embed metrics baselines", "sspa": "run data embed metrics baselines",
-    "tag": "adapter_rp sspa run data embed pictures", "explain": "sspa tag run data datasets embed pictures",
+    "tag": "adapter_rp sspa run data embed metrics pictures", "explain": "sspa tag run data datasets embed pictures",
 }
 
 

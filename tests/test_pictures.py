@@ -69,9 +69,9 @@ def page(tmp_path):
     photo = tmp_path / "<b>" / "a.jpg"
     photo.parent.mkdir()
     BLACK.save(photo)
-    lines = [json.dumps({"photo": str(photo), "scores": {"sun": 0.9, "</script>": 0.6}}),
-             '{"photo": "gone.jpg", "scores": {"sun": 0.7}}']
-    return pictures.page(tmp_path / "page.html", lines, 9, 0.5)
+    lines = [json.dumps({"photo": str(photo), "probabilities": {"sun": 0.9, "</script>": 0.6}}),
+             '{"photo": "gone.jpg", "probabilities": {"sun": 0.7}}']
+    return pictures.page(tmp_path / "page.html", lines, 9, {"sun": 0.5, "</script>": 0.55})
 
 
 def test_page_holds_names_that_cannot_be_markup(page):
@@ -84,17 +84,20 @@ def test_page_holds_names_that_cannot_be_markup(page):
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_page_in_a_browser(page):
-    """A click on a label leaves its photos; the slider chooses tags; names are text."""
+    """A click on a label leaves its photos, and its threshold can be set; the slider moves all; names are text."""
     page.write_text(page.read_text() + """<script>
         const seen = () => photos.filter(photo => photo.figure.offsetHeight > 0).map(photo => photo.tags.textContent);
+        const put = (id, value) => { element(id).value = value; element(id).oninput(); };
         const found = [seen(), element("count").textContent];
         [...document.querySelectorAll("button")].find(button => button.textContent.startsWith("<")).click();
-        found.push(seen());
-        element("threshold").value = 0.65;
-        show();
+        found.push(seen(), element("threshold").value);
+        put("threshold", 0.65);
         found.push(seen(), document.querySelectorAll("main b").length);
+        put("shift", -1);
+        found.push(seen(), element("threshold").value);
         document.title = JSON.stringify(found)</script>""")
     words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
     dom = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=300).stdout
     both = "sun 90 %, &lt;/script&gt; 60 %"
-    assert f'<title>[["{both}","sun 70 %"],"2 of 2 photos (the first 2 of 9)",["{both}"],[],0]</title>' in dom
+    assert f'<title>[["{both}","sun 70 %"],"2 of 2 photos (the first 2 of 9)",["{both}"],"0.55",[],0,' \
+        f'["{both}"],"0.48"]</title>' in dom

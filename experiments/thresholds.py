@@ -1,0 +1,96 @@
+"""How good thresholds without labels are: from how many photos they can be found, and how many labelled photos they
+are worth.
+
+    python experiments/thresholds.py --features FILE.npz --seed 0 1 2 3 4        two minutes; options of adapter_rp.py
+
+Thresholds are found on photos drawn at random (20 draws a seed) and measured on all test photos, but those chosen with
+labels on the photos that were not drawn. Writes DIR/thresholds.json and prints macro and micro F1, percent.
+"""
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import adapter_rp as rp
+import data
+import metrics
+import run
+
+DRAWS = 20
+GRID = np.linspace(0, 1, 101)
+
+
+def chosen_with_labels(probabilities, truth):
+    """Thresholds [C] of the highest F1 on labelled photos; a label that none of them shows gets the best one of all."""
+    one = max(GRID, key=lambda threshold: f1(probabilities, truth, threshold)[1])
+    thresholds = np.full(truth.shape[1], one)
+    for column in np.nonzero((truth == 1).any(0))[0]:
+        p = probabilities[:, [column]]
+        y = truth[:, [column]]
+        thresholds[column] = max(GRID, key=lambda threshold: metrics.macro_f1(p, y, threshold))
+    return one, thresholds
+
+
+def f1(probabilities, truth, threshold):
+    """(macro, micro), percent"""
+    return (metrics.macro_f1(probabilities, truth, threshold),
+            metrics.multilabel_f1(probabilities, truth, threshold)["OF1"])
+
+
+def compare(scores, probabilities, truth, draw):
+    """One model -> iterator over (name, (macro F1, micro F1))"""
+    count = len(truth)
+    found = metrics.expected_f1_thresholds
+    yield "score above 0.5", f1(scores, truth, 0.5)
+    yield "probability above 0.5", f1(probabilities, truth, 0.5)
+    yield "one for all labels, no labels used", f1(probabilities, truth, found(probabilities.reshape(-1, 1)))
+    best = max(GRID, key=lambda threshold: sum(f1(scores, truth, threshold)))
+    yield "one for all labels, the best on these very labels", f1(scores, truth, best)
+    yield f"without labels, from all {count:,} photos", f1(probabilities, truth, found(probabilities))
+    for _ in range(DRAWS):
+        order = draw.permutation(count)
+        for few in (20, 50, 100, 500):
+            yield f"without labels, from {few} photos", f1(probabilities, truth, found(probabilities[order[:few]]))
+        for few in (25, 50, 100, 200, 400):
+            some = order[:few]
+            rest = order[few:]
+            one, each = chosen_with_labels(probabilities[some], truth[some])
+            yield f"one for all, chosen with {few} labelled photos", f1(probabilities[rest], truth[rest], one)
+            yield f"one a label, chosen with {few} labelled photos", f1(probabilities[rest], truth[rest], each)
+
+
+def main(argv):
+    began = time.time()
+    config = run.parse(rp.Config, argv, "Thresholds with and without labels.", "")
+    device = run.set_up(config)
+    folder = Path(config.output or "runs/thresholds")
+    names = rp.names_of(config)
+    inputs = rp.load_inputs(config, names) if config.features else rp.embed_inputs(config, device, names)
+    values = {}
+    for seed in config.seed:
+        adapter = rp.train(config, inputs, seed, device, folder)
+        with torch.no_grad():
+            logits = adapter(inputs.image_embeddings.to(device), inputs.label_embeddings.to(device)).double().cpu()
+        scores = torch.sigmoid(logits)
+        probabilities = rp.probabilities_of(config, scores).numpy()
+        draw = np.random.default_rng(seed)
+        of_seed = {}
+        for name, pair in compare(scores.numpy(), probabilities, inputs.image_labels, draw):
+            of_seed.setdefault(name, []).append(pair)
+        for name, pairs in of_seed.items():
+            values.setdefault(name, []).append(np.mean(pairs, 0).tolist())
+    record = {"command": " ".join(["python experiments/thresholds.py", *argv]), "commit": run.commit(),
+              "device": str(device), "seconds": time.time() - began, "dataset": inputs.encoder, "values": values}
+    data.write_json(folder / "thresholds.json", record)
+    print(f"{'thresholds':<52}{'macro F1':>16}{'micro F1':>16}")
+    for name, pairs in values.items():
+        cells = ["{:7.1f} ± {:3.1f}".format(*run.spread(column)) for column in zip(*pairs, strict=True)]
+        print(f"{name:<52}{cells[0]:>16}{cells[1]:>16}")
+
+
+if __name__ == "__main__":
+    with run.exit_codes("experiments/thresholds.py") as arguments:
+        main(arguments)
