@@ -245,15 +245,20 @@ def pa100k(root, split, validation="train"):
     return LabelledPhotos(photos, labels, f"validation={validation}")
 
 
-def rapv1(root, split, partition="0"):
-    """RAP 1, 51 of its 92 attributes. partition: which of the owners' five."""
+def rapv1(root, split, partition="0", unknown="absent"):
+    """RAP 1, 51 of its 92 attributes. partition: which of the owners' five; the first author of SSPA tests on 4 in later
+    code. unknown: value 2 (125 persons whose sex is not known) counts as absent, as in public code, or is ignored."""
     markers = ("RAP_annotation.mat", "RAP_annotation/RAP_annotation.mat")
     base, path = find_files(root, ("rapv1", "RAP", "rap", "RAPv1"), *markers)
     content = read_matlab(path)["RAP_annotation"]
     rows = content["partion"][int(partition)][f"{split}_index"] - 1
-    labels = pick_attributes(content["label"][rows], content["attribute_eng"], "rapv1")
+    values = content["label"][rows]
+    names = content["attribute_exp"]  # of the first 51 columns; attribute_eng spells them with prefixes (hs-BaldHead)
+    labels = pick_attributes(values, names, "rapv1")
+    if unknown == "ignored":
+        labels -= pick_attributes(values == 2, names, "rapv1")
     photos = [base / "RAP_dataset" / file for file in content["imagesname"][rows]]
-    return LabelledPhotos(photos, labels, f"partition={partition}")
+    return LabelledPhotos(photos, labels, f"partition={partition}, unknown={unknown}")
 
 
 def peta(root, split, partition="0", validation="train"):
@@ -368,7 +373,7 @@ READERS = {
         "files": "rapv1/{RAP_annotation.mat, RAP_dataset/*.png}",
         "source": "ask its owners, https://www.rapdataset.com, for RAP_annotation and RAP_dataset; unpack both in "
                   "<root>/rapv1",
-        "policies": PARTITION},
+        "policies": PARTITION | {"unknown": ("absent", "ignored")}},
     "peta": {
         "reader": peta,
         "files": "peta/{PETA.mat, images/00001.png ... 19000.png}",

@@ -68,7 +68,9 @@ for part in ("train", "val", "test"):
     PA100K[f"{part}_images_name"] = cells(f"{part}1.jpg", f"{part}2.jpg")
     PA100K[f"{part}_label"] = one_hot(backwards("pa100k"), "Hat", "boots")
 
-RAP = ["more", *backwards("rapv1")]
+RAP = backwards("rapv1")
+RAP_VALUES = np.pad(one_hot(RAP, "Female", "Box", "Hat", "Boots"), ((0, 0), (0, 41)), constant_values=2)
+RAP_VALUES[1, RAP.index("Female")] = 2
 PETA = ["more", *backwards("peta")]
 MLRSNET = list(data.LABEL_WORDS["mlrsnet"])
 
@@ -103,14 +105,16 @@ TREES = {
                  "val1.jpg: person wearing a hat; val2.jpg: person in boots",
         "train validation=drop": "train1.jpg: person wearing a hat; train2.jpg: person in boots",
         "test": "test1.jpg: person wearing a hat; test2.jpg: person in boots"}),
-    # rows count from 1
+    # rows count from 1; attribute_exp names the first 51 columns, attribute_eng all, otherwise; 2: the sex is not known
     "rapv1": ({"rapv1/RAP_annotation.mat": matlab(RAP_annotation={
         "partion": cells({"train_index": [1, 2], "test_index": [3, 4]}, {"train_index": [1, 2], "test_index": [2, 4]}),
-        "attribute_eng": cells(*RAP),
+        "label": RAP_VALUES,
+        "attribute_eng": cells(*[f"ub-{name}" for name in RAP]),
         "imagesname": cells("1.png", "2.png", "3.png", "4.png"),
-        "label": one_hot(RAP, "Female", "Box", "Hat", "Boots"),
+        "attribute_exp": cells(*RAP),
     })}, "rapv1/RAP_dataset", {
         "train": "1.png: woman; 2.png: person with a box",
+        "train unknown=ignored": "1.png: woman; 2.png: -woman, person with a box",
         "test": "3.png: person wearing a hat; 4.png: person in boots",
         "test partition=1": "2.png: person with a box; 4.png: person in boots"}),
     # value 2 is absent; four other columns go before the labels; rows count from 1
@@ -199,14 +203,16 @@ def test_damaged_files(tmp_path, dataset, path, content, reason):
     ("coco2014", "coco_mini", "person", (159, 75, 0)),
     ("ucm", ".", "tree", (2100, 1009, 0)),
     ("pa100k", "annotations", "woman", (100000, 45336, 0)),
+    ("rapv1 unknown=ignored", "annotations", "woman", (41585, 12701, 125)),
     ("peta", "annotations", "man", (19000, 10421, 0))])
 def test_real_files(shared, monkeypatch, dataset, root, label, counts):
     """Photos, positives and ignored ones, counted before by text search in the owners' files."""
     if root == "annotations":  # of these the photos are not there
         monkeypatch.setattr(datasets, "isfile", lambda path: True)
         monkeypatch.setattr(datasets, "exists", lambda path: path.suffix == ".mat" or path.name == "data")
-    train = load(dataset, shared / root, "train")
-    test = load(dataset, shared / root, "test")
+    dataset, *policy = dataset.split()
+    train = load(dataset, shared / root, "train", *policy)
+    test = load(dataset, shared / root, "test", *policy)
     column = np.concatenate([train.labels, test.labels])[:, train.names.index(label)]
     assert (len({*train.photos, *test.photos}), (column == 1).sum(), (column == -1).sum()) == counts
 
