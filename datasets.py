@@ -331,7 +331,10 @@ def mlrsnet(root, split, validation="train", split_seed=0):
             strange.append(category)
         rows_of = shared_out(len(table.files), split_seed, train=0.4, val=0.1, test=0.5)
         for row in np.concatenate([rows_of[part] for part in parts_of(split, validation)]):
-            photos.append(place / table.files[row])
+            photo = place / table.files[row]
+            if not isfile(photo):
+                photo = place / table.files[row].replace("&", "_")
+            photos.append(photo)
             labels.append(table.labels[row])
     doubts = []
     count = sum(len(table.files) for table in tables.values())

@@ -140,18 +140,19 @@ TREES = {
     # every category's CSV has its own order of columns, one heading is blank; 40 / 10 / 50 % of every category
     "mlrsnet": ({
         "mlrsnet/Labels/a.csv": table(backwards("mlrsnet"), MLRSNET[:10], "a{}.jpg").replace("bare soil", ""),
-        "mlrsnet/Labels/harbor&port.csv": table(MLRSNET, MLRSNET[10:20], "b{}.jpg"),
+        "mlrsnet/Labels/harbor&port.csv": table(MLRSNET, MLRSNET[10:20], "b&{}.jpg"),
     }, "mlrsnet/Images", {
         "train": "a/a2.jpg: bare soil; a/a4.jpg: basketball court; a/a6.jpg: bridge; a/a7.jpg: building; "
-                 "a/a3.jpg: baseball diamond; harbor_port/b2.jpg: crosswalk; harbor_port/b4.jpg: desert; "
-                 "harbor_port/b6.jpg: factory; harbor_port/b7.jpg: field; harbor_port/b3.jpg: dense residential area",
+                 "a/a3.jpg: baseball diamond; harbor_port/b_2.jpg: crosswalk; harbor_port/b_4.jpg: desert; "
+                 "harbor_port/b_6.jpg: factory; harbor_port/b_7.jpg: field; "
+                 "harbor_port/b_3.jpg: dense residential area",
         "train validation=drop": "a/a2.jpg: bare soil; a/a4.jpg: basketball court; a/a6.jpg: bridge; "
-                                 "a/a7.jpg: building; harbor_port/b2.jpg: crosswalk; harbor_port/b4.jpg: desert; "
-                                 "harbor_port/b6.jpg: factory; harbor_port/b7.jpg: field",
+                                 "a/a7.jpg: building; harbor_port/b_2.jpg: crosswalk; harbor_port/b_4.jpg: desert; "
+                                 "harbor_port/b_6.jpg: factory; harbor_port/b_7.jpg: field",
         "test split_seed=1": "a/a2.jpg: bare soil; a/a3.jpg: baseball diamond; a/a5.jpg: beach; a/a6.jpg: bridge; "
-                             "a/a9.jpg: chaparral; harbor_port/b2.jpg: crosswalk; "
-                             "harbor_port/b3.jpg: dense residential area; harbor_port/b5.jpg: dock; "
-                             "harbor_port/b6.jpg: factory; harbor_port/b9.jpg: forest"}),
+                             "a/a9.jpg: chaparral; harbor_port/b_2.jpg: crosswalk; "
+                             "harbor_port/b_3.jpg: dense residential area; harbor_port/b_5.jpg: dock; "
+                             "harbor_port/b_6.jpg: factory; harbor_port/b_9.jpg: forest"}),
     "ucm": (
         {"ucm/LandUse_Multilabeled.txt": table(backwards("ucm"), backwards("ucm")[:10], "river{}", "\t")},
         "ucm/Images/river", {"test split_seed=1": "river3.tif: ship; river6.tif: pavement"}),
