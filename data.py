@@ -489,7 +489,7 @@ def read_table(path, dataset=None, spelt=list):
                     raise ValueError("the file stands twice with other labels")
             labels.append(marks)
         splits = [row["split"] for row in rows if "split" in row]
-        return Table([row[first] for row in rows], names, np.array(labels, np.int8), splits)
+        return Table([row[first] for row in rows], names, np.array(labels, np.int8).reshape(-1, len(names)), splits)
 
 
 FEATURE_AXES = {"text_embeddings": "ND", "text_labels": "NC", "image_embeddings": "MD", "image_labels": "MC",

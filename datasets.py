@@ -307,7 +307,7 @@ def mlrsnet_headings(headings):
     lacking = set(LABEL_WORDS["mlrsnet"]).difference(headings)
     if headings.count("") == len(lacking) == 1:
         name = lacking.pop()
-        say_once(f"mlrsnet: a column without a heading is read as '{name}', which no other column is")
+        say_once(f"mlrsnet: a column without a heading is read as '{name}', the one label without a column")
         headings[headings.index("")] = name
     return headings
 

@@ -214,6 +214,7 @@ def test_faulty_labels_of_mlrsnet(tmp_path, capsys):
     reader had to name is said once."""
     plant(tmp_path, "mlrsnet")
     write(tmp_path / "mlrsnet/Labels/stadium.csv", table(MLRSNET, ["airplane"], "") + "\nx.jpg" + ",1" * 14 + ",0" * 46)
+    write(tmp_path / "mlrsnet/Labels/empty.csv", table(MLRSNET, [], ""))
     datasets.say_once.cache_clear()
     for split in ("train", "test"):
         doubts = load("mlrsnet", tmp_path, split).policy
