@@ -455,10 +455,10 @@ class Table:
     splits: list        # N words of the column "split"; empty without one
 
 
-def read_table(path, dataset=None):
+def read_table(path, dataset=None, spelt=list):
     """File names and labels -> Table. A table with a header, cells cut by comma, semicolon or tab, file names first,
     then a column a label of 1, 0 and -1, perhaps a column "split"; or .json, {file: [labels]}. dataset: its labels are
-    wanted, in its own order, and no others. Raises UsageError."""
+    wanted, in its own order, and no others; spelt: headings -> the same, spelt as its labels. Raises UsageError."""
     remedy = "cells are a file, then each label's 1, 0 or -1; JSON is {file: [labels]}"
     with reading(path, "labels", remedy) as path:
         if path.suffix == ".json":
@@ -469,6 +469,8 @@ def read_table(path, dataset=None):
         separator = max(",;\t", key=lines[0].count)
         rows = csv.DictReader(lines, restval="", delimiter=separator, skipinitialspace=True)
         first, *titles = rows.fieldnames
+        titles = spelt(titles)
+        rows.fieldnames = [first, *titles]
         titles = [title for title in titles if title not in ("", "split")]
         if {"0", "1", "-1"} & set(titles):
             raise ValueError("the first line must name the columns, a label each")
@@ -487,7 +489,7 @@ def read_table(path, dataset=None):
                     raise ValueError("the file stands twice with other labels")
             labels.append(marks)
         splits = [row["split"] for row in rows if "split" in row]
-        return Table([row[first] for row in rows], names, np.array(labels, np.int8), splits)
+        return Table([row[first] for row in rows], names, np.array(labels, np.int8).reshape(-1, len(names)), splits)
 
 
 FEATURE_AXES = {"text_embeddings": "ND", "text_labels": "NC", "image_embeddings": "MD", "image_labels": "MC",

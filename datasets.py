@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from functools import lru_cache
-from itertools import product
+from itertools import product, zip_longest
 from operator import itemgetter
 from os.path import exists, isfile
 from pathlib import Path
@@ -245,15 +245,20 @@ def pa100k(root, split, validation="train"):
     return LabelledPhotos(photos, labels, f"validation={validation}")
 
 
-def rapv1(root, split, partition="0"):
-    """RAP 1, 51 of its 92 attributes. partition: which of the owners' five."""
+def rapv1(root, split, partition="0", unknown="absent"):
+    """RAP 1, 51 of its 92 attributes. partition: which of the owners' five (SSPA's author tests on 4 in later code).
+    unknown: value 2 (125 persons whose sex is not known) counts as absent, as in public code, or is ignored."""
     markers = ("RAP_annotation.mat", "RAP_annotation/RAP_annotation.mat")
     base, path = find_files(root, ("rapv1", "RAP", "rap", "RAPv1"), *markers)
     content = read_matlab(path)["RAP_annotation"]
     rows = content["partion"][int(partition)][f"{split}_index"] - 1
-    labels = pick_attributes(content["label"][rows], content["attribute_eng"], "rapv1")
+    values = content["label"][rows]
+    names = content["attribute_exp"]  # of the first 51 columns; attribute_eng spells them with prefixes (hs-BaldHead)
+    labels = pick_attributes(values, names, "rapv1")
+    if unknown == "ignored":
+        labels -= pick_attributes(values == 2, names, "rapv1")
     photos = [base / "RAP_dataset" / file for file in content["imagesname"][rows]]
-    return LabelledPhotos(photos, labels, f"partition={partition}")
+    return LabelledPhotos(photos, labels, f"partition={partition}, unknown={unknown}")
 
 
 def peta(root, split, partition="0", validation="train"):
@@ -269,12 +274,42 @@ def peta(root, split, partition="0", validation="train"):
     return LabelledPhotos(photos, labels, f"partition={partition}, validation={validation}")
 
 
+SLIPS = {"oilfiled": "oilfield", "solarpannel": "solarpanel", "windtrubine": "windturbine"}  # of MultiScene's owners
+
+
+def multiscene_headings(headings):
+    """-> the labels, in the order of the columns; the headings must be these, but for blanks and the owners' slips."""
+    names = list(LABEL_WORDS["multiscene"])
+    for heading, name in zip_longest(headings, names, fillvalue=""):
+        letters = re.sub(r"[\W_]", "", heading).lower()
+        if SLIPS.get(letters, letters) != name.replace(" ", "").lower():
+            raise ValueError(f"a column is headed '{heading}' where '{name}' must stand")
+    return names
+
+
 def multiscene(root, split):
-    """MultiScene, the clean part. The form of its label file could not be established: a CSV a split, by its header."""
-    base, path = find_files(root, ("multiscene", "MultiScene-Clean", "MultiScene"), f"{split}.csv")
-    table = read_table(path, "multiscene")
-    photos = [base / "images" / (file if Path(file).suffix else f"{file}.jpg") for file in table.files]
+    """MultiScene, the clean part. Its columns count by their place; headings that say something else are refused."""
+    name = "Tra.csv" if split == "train" else "Test.csv"
+    base, path = find_files(root, ("multiscene", "MultiScene"), f"MultiScene-Clean/{name}", name)
+    table = read_table(path, "multiscene", multiscene_headings)
+    images = path.parent / "images"
+    if not exists(images):
+        images = base / "images"
+    photos = [images / (file if Path(file).suffix else f"{file}.jpg") for file in table.files]
     return LabelledPhotos(photos, table.labels, "clean part")
+
+
+say_once = lru_cache(say)  # the same line is not said again
+
+
+def mlrsnet_headings(headings):
+    """A blank one, where one label lacks, is that label's, as in storage_tank.csv of June 2020."""
+    lacking = set(LABEL_WORDS["mlrsnet"]).difference(headings)
+    if headings.count("") == len(lacking) == 1:
+        name = lacking.pop()
+        say_once(f"mlrsnet: a column without a heading is read as '{name}', the one label without a column")
+        headings[headings.index("")] = name
+    return headings
 
 
 def mlrsnet(root, split, validation="train", split_seed=0):
@@ -282,18 +317,34 @@ def mlrsnet(root, split, validation="train", split_seed=0):
     40 / 10 / 50 % of every category (the owners' lists were not found). validation: the 10 % are trained on or dropped.
     """
     base, folder = find_files(root, ("mlrsnet", "MLRSNet"), "Labels", "labels")
-    tables = {path.stem: read_table(path, "mlrsnet") for path in sorted(folder.glob("*.csv"))}
+    tables = {path.stem: read_table(path, "mlrsnet", mlrsnet_headings) for path in sorted(folder.glob("*.csv"))}
+    folder_of = {path.name.replace("&", "_"): path for path in (base / "Images").glob("*")}  # harbor&port, harbor_port
     photos = []
     labels = []
+    many = {}
+    strange = []
     for category, table in tables.items():
+        place = folder_of.get(category.replace("&", "_"), base / "Images" / category)
+        many[category] = (table.labels.sum(1) > 13).sum()
+        own = [category.replace("_", " ") in words for words in LABEL_WORDS["mlrsnet"].items()]
+        if any(own) and not table.labels[:, own].any():
+            strange.append(category)
         rows_of = shared_out(len(table.files), split_seed, train=0.4, val=0.1, test=0.5)
         for row in np.concatenate([rows_of[part] for part in parts_of(split, validation)]):
-            photos.append(base / "Images" / category / table.files[row])
+            photo = place / table.files[row]
+            if not isfile(photo):
+                photo = place / table.files[row].replace("&", "_")
+            photos.append(photo)
             labels.append(table.labels[row])
     doubts = []
     count = sum(len(table.files) for table in tables.values())
     if count != 109161:
         doubts.append(f"{len(tables)} categories with {count:,} photos, 46 with 109,161 published")
+    if any(many.values()):
+        doubts.append(f"{sum(many.values()):,} photos have more than 13 labels, most of them in "
+                      f"{max(many, key=many.get)}; the owners' labels of May 2021 are faulty, take those of June 2020")
+    if strange:
+        doubts.append(f"no photo of {', '.join(strange)} has the label of that name")
     policy = f"{len(tables)} categories, 40/10/50 % of each by seed {split_seed}, validation={validation}"
     return LabelledPhotos(photos, np.array(labels), policy, doubts)
 
@@ -368,7 +419,7 @@ READERS = {
         "files": "rapv1/{RAP_annotation.mat, RAP_dataset/*.png}",
         "source": "ask its owners, https://www.rapdataset.com, for RAP_annotation and RAP_dataset; unpack both in "
                   "<root>/rapv1",
-        "policies": PARTITION},
+        "policies": PARTITION | {"unknown": ("absent", "ignored")}},
     "peta": {
         "reader": peta,
         "files": "peta/{PETA.mat, images/00001.png ... 19000.png}",
@@ -378,10 +429,8 @@ READERS = {
         "policies": PARTITION | VALIDATION},
     "multiscene": {
         "reader": multiscene,
-        "files": "multiscene/{train.csv, test.csv, images/*} (each CSV: a column of file names, then 36 of 0 and 1 a "
-                 "label)",
-        "source": "MultiScene-Clean, https://multiscene.github.io; put its photos in images and write both CSV, headed "
-                  "by the labels as assets/labels/names.json spells them",
+        "files": "multiscene/{MultiScene-Clean/{Tra,Test}.csv, images/*.jpg}",
+        "source": "unpack the photos and MultiScene-Clean of https://multiscene.github.io in <root>/multiscene",
         "policies": {}},
     "mlrsnet": {
         "reader": mlrsnet,

@@ -217,6 +217,7 @@ def test_exif_marks_turn_a_photo_upright(tmp_path, mark, corner):
 def test_drawn():
     """Fewer are among more, over the whole set, by a fixed seed."""
     assert data.drawn(1000, 10).tolist() == sorted(np.random.default_rng(0).permutation(1000)[:10])
+    assert len({*data.drawn(46000, 200) // 1000}) > 40  # of 46 categories, one after the other
     assert data.drawn(9).tolist() == data.drawn(9, 20).tolist() == list(range(9))
     photos, labels = data.load_photos("scenes", None, "test", 30)
     assert [index for _, index in photos] == data.drawn(2000, 30).tolist()
