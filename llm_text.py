@@ -144,9 +144,9 @@ def connect(options):
         return text.replace(key, "***")
 
     def shown(text, shortest=16):
-        return UNSEEN.sub(" ", without_key(text, shortest)).strip()[:300]
+        return UNSEEN.sub(" ", without_key(text, shortest)).strip(" -")[:300]
 
-    def failure(error, answer=""):
+    def failure(error, answer):
         """UsageError with the server's own words"""
         reason = getattr(error, "message", "its answer is not of the protocol")
         if " - " not in reason:  # there the client has put the words
@@ -170,9 +170,10 @@ def connect(options):
             if "max_tokens" in refused:
                 names.add("max_completion_tokens")
             return create(names, **values)
-        if names != parameters:
-            say(f"asked without {', '.join(sorted(parameters - names))}, which the server refuses")
-            parameters = names
+        dropped = sorted(parameters - names)
+        parameters = names
+        if dropped:
+            say(f"asked without {', '.join(dropped)}, which the server refuses")
         return answer
 
     def ask(messages, max_tokens, seed):
@@ -239,20 +240,24 @@ PREFIX = re.compile(r"^([\s\"“”«»`]+|[-*•·–—◦▪>]+\s+|\(?\d{1,3}
 UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
                     "\ufff9-\ufffb]")
 # a model's thoughts: up to their last closing mark (the opening one may stand in its chat template), or cut off
-THOUGHTS = re.compile(r"(?is)^.*([<[◁]\|?/\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<\|end_of_thought\|>"
-                      r"|<\|channel\|>final[^|]*(<\|constrain\|>[^|]*)?<\|message\|>)")
-THOUGHT = re.compile(r"(?is)([<[◁]\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<\|begin_of_thought\|>"
-                     r"|<\|channel\|>(analysis|commentary)).*")
+THOUGHTS = re.compile(r"(?is)^.*([<[◁]\|?/\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<channel\|>|<unused95>"
+                      r"|<\|end_(of_)?th(ought|ink)\w*\|>|<\|channel\|>final[^|]*(<\|constrain\|>[^|]*)?<\|message\|>"
+                      r"|assistantfinal|here is my response:)")
+THOUGHT = re.compile(r"(?is)([<[◁]\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<unused94>"
+                     r"|<\|?channel\|?>\s*(analysis|thought|commentary)|<\|(begin|start)_(of_)?th(ought|ink)\w*\|>|^\s*analysis\w"
+                     r"|^\s*here is my thought process:).*")
+JSON = json.JSONDecoder(object_hook=lambda fields: "\n".join(map(str, fields.values())))  # an object is its values
 PARAGRAPH = re.compile(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=[A-Z])")  # between its sentences
 
 
 def clean(answer, cut=False):
-    """A model's answer -> its sentences, without numbering, quotation marks and markup, without the last one if cut."""
+    """A model's answer, lines or a JSON list -> its sentences, without numbering, quotation marks and markup, and without
+    the last one if cut."""
     answer = re.sub(r"```\w*|<\|[^<>]*>|</?\w+>", "", answer)
-    listed = re.match(r"(?s)[^\[]*(\[.*\])", answer)
-    with contextlib.suppress(TypeError, ValueError, RecursionError):  # not JSON, or no list of texts or objects
-        texts = json.loads(listed[1], object_hook=lambda fields: "\n".join(map(str, fields.values())))
-        answer = answer.replace(listed[1], "\n".join(["", *texts, ""]))
+    with contextlib.suppress(TypeError, ValueError, RecursionError):  # no list in it, or not of texts and objects
+        start = answer.index("[")
+        texts, end = JSON.raw_decode(answer, start)
+        answer = "\n".join([answer[:start], *texts, answer[end:]])
     answer = unicodedata.normalize("NFC", answer).replace("’", "'").replace("**", "")
     lines = re.split(r"\s*[\r\n\u2028\u2029]\s*", answer.strip())
     if len(lines) == 1:

@@ -185,7 +185,8 @@ def test_a_request_that_is_declined():
 
 CLOSED = ["<think>a boat?\n</think>A cat.", "a boat?</think>A cat.", "<Thinking>a boat</Thinking>A cat.",
           "[THINK]a boat[/THINK]A cat.", "<seed:think>a boat</seed:think>A cat.", "<reasoning>a boat</reasoning>A cat.",
-          "<|begin_of_thought|>a boat<|end_of_thought|>A cat.",
+          "<|begin_of_thought|>a boat<|end_of_thought|>A cat.", "◁think▷a boat◁/think▷A cat.",
+          "<|START_THINKING|>a boat<|END_THINKING|>A cat.", "analysisWe want a boat.assistantfinalA cat.",
           "<|channel|>analysis<|message|>a boat<|end|><|start|>assistant<|channel|>final<|message|>A cat.<|return|>"]
 OPEN = [text.partition("boat")[0] + "boat in the sun." for text in CLOSED if text[0] != "a"]
 
