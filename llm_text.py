@@ -251,8 +251,8 @@ PARAGRAPH = re.compile(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=
 
 
 def clean(answer, cut=False):
-    """A model's answer, lines or a JSON list -> its sentences, without numbering, quotation marks and markup, and without
-    the last one if cut."""
+    """A model's answer, lines or a JSON list -> its sentences, without numbering, quotation marks and markup, without the
+    last one if cut."""
     answer = re.sub(r"```\w*|<\|[^<>]*>|</?\w+>", "", answer)
     with contextlib.suppress(TypeError, ValueError, RecursionError):  # no list in it, or not of texts and objects
         start = answer.index("[")

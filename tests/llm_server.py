@@ -32,7 +32,7 @@ class FaultServer:
     """Stands where the network would: httpx calls it with each request that the client of OpenAI sends.
     faults: what befalls the 1st, 2nd, ... chat request: an HTTP code, an error of httpx, a name of WRONG, or None.
     requests: those of httpx. answer: may be replaced; a request is declined where it returns None. refuses: names of
-    parameters. Addresses have /v1."""
+    parameters. finish_reason: of its answers. Its addresses begin with /v1."""
     def __init__(self, *faults):
         self.faults = iter(faults)
         self.models = ["tiny"]
