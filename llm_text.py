@@ -135,7 +135,7 @@ def connect(options):
     except Exception as error:  # not installed, or the text is no address to whichever library reads it
         raise UsageError(f"--llm: {error} (pip install openai; an address is like http://localhost:8080/v1)") from None
     parameters = {"messages", "max_tokens", "temperature", "seed"}  # those that the server takes
-    outcomes = collections.Counter()  # why requests gave nothing; None: they gave something
+    outcomes = collections.Counter()  # why requests gave nothing; "": they gave something
 
     def without_key(text, shortest):
         """A short key may be a word, or a part of one."""
@@ -197,8 +197,8 @@ def connect(options):
             found = []
             why = f"declined: {why}"  # this very request; others may pass
         if found:
-            why = None
-        outcome = why and re.sub(r"\S*\d\S*", "", why)  # numbers, as of tokens, differ from request to request
+            why = ""
+        outcome = re.sub(r"\S*\d\S*", "", why)  # numbers, as of tokens, differ from request to request
         outcomes[outcome] += 1
         if why and outcomes == {outcome: 10}:
             raise UsageError(f"the first ten requests gave nothing: {why}")
@@ -251,8 +251,8 @@ PARAGRAPH = re.compile(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=
 
 
 def clean(answer, cut=False):
-    """A model's answer, lines or a JSON list -> its sentences, without numbering, quotation marks and markup, without the
-    last one if cut."""
+    """A model's answer, lines or a JSON list -> its sentences, without numbering, quotation marks and markup. cut: the
+    last one goes, too."""
     answer = re.sub(r"```\w*|<\|[^<>]*>|</?\w+>", "", answer)
     with contextlib.suppress(TypeError, ValueError, RecursionError):  # no list in it, or not of texts and objects
         start = answer.index("[")
