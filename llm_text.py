@@ -24,6 +24,7 @@ L8  --instruction: how a request begins; the examples after it are fixed
 """
 import argparse
 import collections
+import contextlib
 import json
 import os
 import re
@@ -133,37 +134,84 @@ def connect(options):
         client = openai.OpenAI(api_key=key, base_url=address, timeout=options.timeout, max_retries=options.retries)
     except Exception as error:  # not installed, or the text is no address to whichever library reads it
         raise UsageError(f"--llm: {error} (pip install openai; an address is like http://localhost:8080/v1)") from None
+    parameters = {"messages", "max_tokens", "temperature", "seed"}  # those that the server takes
+    outcomes = collections.Counter()  # why requests gave nothing; "": they gave something
 
-    def shown(text):
-        return UNSEEN.sub(" ", str(text).replace(key, "***")).strip()[:200]
+    def without_key(text, shortest):
+        """A short key may be a word, or a part of one."""
+        if len(key) < shortest:
+            return text
+        return text.replace(key, "***")
 
-    def failure(error):
-        reason = shown(f"{getattr(error, 'message', 'its answer is not of the protocol')} {error.__cause__ or ''}")
-        return UsageError(f"--llm {client.base_url.netloc.decode()}: {reason}; look at the server, OPENAI_API_KEY, "
-                          "--model and --llm")
+    def shown(text, shortest=16):
+        return UNSEEN.sub(" ", without_key(text, shortest)).strip(" -")[:300]
+
+    def failure(error, answer):
+        """UsageError with the server's own words"""
+        reason = getattr(error, "message", "its answer is not of the protocol")
+        if " - " not in reason:  # there the client has put the words
+            reason = f"{reason} - {getattr(error, 'body', None) or error.__cause__ or answer}"
+        remedy = "look at the server, OPENAI_API_KEY, --model and --llm"
+        if "/v1" not in client.base_url.path:
+            remedy += ", an address that mostly ends in /v1"
+        return UsageError(f"--llm {client.base_url.netloc.decode()}: {shown(reason, 8)}; {remedy}")
+
+    def create(names, **values):
+        """The server's answer to a request with the parameters `names`, or without those that it refuses by name"""
+        nonlocal parameters
+        try:
+            answer = client.chat.completions.create(model=name, **{key: values[key] for key in names})
+        except openai.APIStatusError as error:
+            said = re.findall(r"\b(max_tokens|temperature|seed)\b", f"{error} {error.body}")
+            refused = names.intersection(said[:1])
+            if not refused:
+                raise
+            names = names - refused
+            if "max_tokens" in refused:
+                names.add("max_completion_tokens")
+            return create(names, **values)
+        dropped = sorted(parameters - names)
+        parameters = names
+        if dropped:
+            say(f"asked without {', '.join(dropped)}, which the server refuses")
+        return answer
 
     def ask(messages, max_tokens, seed):
+        limit = options.max_tokens or max_tokens
+        answer = ""
         try:
-            answer = client.chat.completions.create(model=name, messages=messages, temperature=options.temperature,
-                                                    max_tokens=max_tokens, seed=seed)
+            answer = create(parameters, messages=messages, max_tokens=limit, max_completion_tokens=limit,
+                            temperature=options.temperature, seed=seed % 2 ** 31)
             choice = answer.choices[0]
-            text = (choice.message.content or "")[:100_000].replace(key, "***")
+            text = without_key((choice.message.content or "")[:100_000], 16)
+            text, thoughts = THOUGHT.subn("", THOUGHTS.sub("", text))
+            cut = choice.finish_reason in ("length", "content_filter")
+            found = clean(text, cut)
+            why = "empty answer"
+            if thoughts or cut:
+                why = "empty answer, cut off in its thoughts or first sentence: try a larger --max-tokens"
         except Exception as error:  # also what the client meets in an answer that is not of the protocol
-            why = failure(error)
+            why = failure(error, answer)
             if getattr(error, "status_code", None) not in (400, 413, 422):
                 raise why from None
-            return [], f"declined: {why}"  # this very request; others may pass
-        # a model's thoughts are no answer; their opening mark may stand in its chat template
-        text = re.sub(r"(?s)^.*</think>|<think>.*", "", text)
-        found = clean(text, cut=choice.finish_reason in ("length", "content_filter"))
-        return found, None if found else "empty answer"
+            found = []
+            why = f"declined: {why}"  # this very request; others may pass
+        if found:
+            why = ""
+        outcome = re.sub(r"\S*\d\S*", "", why)  # numbers, as of tokens, differ from request to request
+        outcomes[outcome] += 1
+        if why and outcomes == {outcome: 10}:
+            raise UsageError(f"the first ten requests gave nothing: {why}")
+        return found, why
 
     name = options.model
     if not name:
+        page = ""
         try:
-            served = [shown(model.id) for model in client.models.list().data]
+            page = client.models.list()
+            served = [shown(model.id) for model in page.data]
         except Exception as error:
-            raise failure(error) from None
+            raise failure(error, page) from None
         if len(served) != 1:
             raise UsageError(f"--llm: choose one of its models with --model ({', '.join(served[:10])})")
         name = served[0]
@@ -191,11 +239,25 @@ PREFIX = re.compile(r"^([\s\"“”«»`]+|[-*•·–—◦▪>]+\s+|\(?\d{1,3}
 # which joins emoji, is left
 UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
                     "\ufff9-\ufffb]")
+# a model's thoughts: up to their last closing mark (the opening one may stand in its chat template), or cut off
+THOUGHTS = re.compile(r"(?is)^.*([<[◁]\|?/\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<channel\|>|<unused95>"
+                      r"|<\|end_(of_)?th(ought|ink)\w*\|>|<\|channel\|>final[^|]*(<\|constrain\|>[^|]*)?<\|message\|>"
+                      r"|assistantfinal|here is my response:)")
+THOUGHT = re.compile(r"(?is)([<[◁]\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<unused94>"
+                     r"|<\|?channel\|?>\s*(analysis|thought|commentary)|<\|(begin|start)_(of_)?th(ought|ink)\w*\|>|^\s*analysis\w"
+                     r"|^\s*here is my thought process:).*")
+JSON = json.JSONDecoder(object_hook=lambda fields: "\n".join(map(str, fields.values())))  # an object is its values
 PARAGRAPH = re.compile(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=[A-Z])")  # between its sentences
 
 
 def clean(answer, cut=False):
-    """A model's answer -> its sentences, without numbering, quotation marks and markup, without the last one if cut."""
+    """A model's answer, lines or a JSON list -> its sentences, without numbering, quotation marks and markup. cut: the
+    last one goes, too."""
+    answer = re.sub(r"```\w*|<\|[^<>]*>|</?\w+>", "", answer)
+    with contextlib.suppress(TypeError, ValueError, RecursionError):  # no list in it, or not of texts and objects
+        start = answer.index("[")
+        texts, end = JSON.raw_decode(answer, start)
+        answer = "\n".join([answer[:start], *texts, answer[end:]])
     answer = unicodedata.normalize("NFC", answer).replace("’", "'").replace("**", "")
     lines = re.split(r"\s*[\r\n\u2028\u2029]\s*", answer.strip())
     if len(lines) == 1:
@@ -426,7 +488,7 @@ def descriptions(names, synonyms, options, ask_model, attempts=5):
             data.write_json(options.out, {"source": f"written by {options.model} to the prompt below",
                                           "prompt": prompt, "descriptions": found})
         else:
-            say(f"no usable description of {name}; the same command tries again")
+            say(f"no usable description of {name}; the same command tries again ({rejected[-1]['why']})")
         append(options.beside, {"asked": [name], "kept": int(text is not None), "rejected": rejected})
     return len(found)
 
@@ -486,6 +548,7 @@ def parse(argv=None):
     option("--model", metavar="NAME", help="default: the only one that the server has")
     option("--concurrency", type=between(1, 1000), default=4, help="requests at once (4)")
     option("--timeout", type=between(0.01, 86400, float), default=120, help="seconds for an answer (120)")
+    option("--max-tokens", type=between(1), help="of an answer, thoughts included (60 and 40 a sentence, or 120)")
     option("--retries", type=between(0, 1000), default=5, help="of a request that failed (5)")
     option = parser.add_argument_group("choices (L1 to L8 in the docstring)").add_argument
     option("--max-labels", type=between(1), default=5, help="L1 labels of a set, at most (5)")

@@ -25,6 +25,9 @@ def _checked(scores, labels):
     labels = np.asarray(labels)
     if scores.ndim != 2 or scores.shape != labels.shape:
         raise ValueError(f"scores and labels must both be [N, C]; got {scores.shape} and {labels.shape}")
+    for array in (scores, labels):
+        if array.dtype.kind not in "biuf":  # bool, integers, floats
+            raise ValueError(f"scores and labels must be real numbers; got an array of {array.dtype}")
     if not scores.size:
         return scores, labels
     if not (np.isfinite(scores.min()) and np.isfinite(scores.max())):  # no copy of a large array
@@ -58,10 +61,9 @@ def _strongest(scores, top_k):
     classes = scores.shape[1]
     if not 1 <= top_k <= classes:
         raise ValueError(f"top_k must lie in 1..{classes}, got {top_k}")
-    signed = scores.astype(np.result_type(scores, np.float32))  # the minus of an unsigned number wraps around
-    order = np.argsort(-signed, axis=1, kind="stable")
+    ascending = np.argsort(scores[:, ::-1], axis=1, kind="stable")  # of equal scores the last label first
     predicted = np.zeros(scores.shape, bool)
-    np.put_along_axis(predicted, order[:, :top_k], True, axis=1)
+    np.put_along_axis(predicted, classes - 1 - ascending[:, -top_k:], True, axis=1)
     return predicted
 
 

@@ -20,7 +20,7 @@ def answer(request):
     question = request["messages"][-1]["content"]
     if question.startswith("Q: "):
         return f"A: {question[3:]} is a box with four sides, often found with houses."
-    rng = random.Random(f"{request['seed']} {question}")
+    rng = random.Random(f"{request.get('seed', random.random())} {question}")
     things = " and the ".join(json.loads(re.search("Labels: (.*)", question)[1]))
     text = "Sure, here are some sentences:\nA lamp in the hall.\n"
     for _ in range(3):
@@ -31,20 +31,29 @@ def answer(request):
 class FaultServer:
     """Stands where the network would: httpx calls it with each request that the client of OpenAI sends.
     faults: what befalls the 1st, 2nd, ... chat request: an HTTP code, an error of httpx, a name of WRONG, or None.
-    requests: those of httpx. answer: may be replaced; a request is declined where it returns None."""
+    requests: those of httpx. answer: may be replaced; a request is declined where it returns None. refuses: names of
+    parameters. finish_reason: of its answers. Its addresses begin with /v1."""
     def __init__(self, *faults):
         self.faults = iter(faults)
         self.models = ["tiny"]
         self.answer = answer
+        self.refuses = ()
+        self.finish_reason = "stop"
         self.requests = []
 
     def __call__(self, request):
         import httpx2  # which openai brings
+        if not request.url.path.startswith("/v1"):
+            return httpx2.Response(404, text="404 page not found")
         if request.method == "GET":
             return httpx2.Response(200, json={"data": [{"id": name} for name in self.models]})
         self.requests.append(request)
+        asked = json.loads(request.content)
+        for name in self.refuses:
+            if name in asked:
+                return httpx2.Response(422, json={"detail": [{"loc": ["body", name], "msg": "not permitted"}]})
         fault = next(self.faults, None)
-        text = self.answer(json.loads(request.content))
+        text = self.answer(asked)
         if fault in WRONG:
             return httpx2.Response(200, text=WRONG[fault])
         if isinstance(fault, str):
@@ -52,7 +61,8 @@ class FaultServer:
         if fault or text is None:
             refusal = {"error": {"message": f"no: {request.headers['Authorization']}"}}
             return httpx2.Response(fault or 400, headers={"retry-after-ms": "1"}, json=refusal)
-        return httpx2.Response(200, json={"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+        choice = {"message": {"content": text}, "finish_reason": self.finish_reason}
+        return httpx2.Response(200, json={"choices": [choice]})
 
 
 if __name__ == "__main__":

@@ -99,12 +99,23 @@ def test_thresholds_want_probabilities(name, scores):
         getattr(metrics, name)(table(scores), table("1 0"))
 
 
-def test_top_k_takes_any_numbers():
-    """The minus of an unsigned number wraps around."""
-    scores = table("0 9 200").astype(np.uint8)
-    assert metrics.multilabel_f1(scores, table("0 0 1"), top_k=1)["OF1"] == 100
-    with pytest.raises(ValueError, match="top_k must lie in 1..3, got 4"):
-        metrics.multilabel_f1(scores, table("0 0 1"), top_k=4)
+@pytest.mark.parametrize("kind, least", [("uint8", 200), ("int64", 2 ** 60), ("uint64", 2 ** 60)])
+def test_takes_any_numbers(kind, least):
+    """The minus of an unsigned number wraps around; 2^60 and the numbers above it are one float.
+    Ranked labels 1 (ignored) 0 1 0: AP (1 + 2/3) / 2; on top the 1 of two: F1 2 / 3"""
+    scores = np.arange(least, least + 5).astype(kind)[None]
+    labels = table("0 1 0 -1 1")
+    assert metrics.average_precision(scores.T, labels.T) == pytest.approx([5 / 6])
+    assert metrics.multilabel_f1(scores, labels, top_k=1)["OF1"] == pytest.approx(200 / 3)
+    with pytest.raises(ValueError, match="top_k must lie in 1..5, got 6"):
+        metrics.multilabel_f1(scores, labels, top_k=6)
+
+
+@pytest.mark.parametrize("odd", ["x", b"x", None, 1j, 2 ** 64, np.datetime64(0, "s")])
+def test_wants_real_numbers(odd):
+    for scores, labels in (([[odd]], [[1]]), ([[1]], [[odd]])):
+        with pytest.raises(ValueError, match="must be real numbers"):
+            metrics.average_precision(scores, labels)
 
 
 @pytest.mark.filterwarnings("error")
