@@ -18,7 +18,7 @@ The method, part by part, in the figure's order                         where
     what a score states as a chance (beyond the paper)                  asymmetric_probability
     # SSPA: fast paths                                                  *_fused, each the same as its *_reference
 
-    python sspa.py --tune-image none --seed 0 1 2       three seeds, 12 minutes on two cores, drawn scenes: 68.9 mAP
+    python sspa.py --tune-image none --seed 0 1 2       three seeds, 12 minutes on two cores, drawn scenes: 68.7 mAP
     python sspa.py --dataset voc2007 --gpu 0            needs the photos and open_clip's weights
 
 Marks: [paper] stated in the abstract, [figure] read off the method figure, [author] in other public code of the first
