@@ -228,10 +228,12 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
     side resized, centre crop), or with numpy's generator a random resized crop of `smallest` to 1 of the area, aspect
     3/4 to 4/3, and a flip half of the time. Raises UsageError if it cannot be read."""
     try:
-        image = data.open_photo(photo)
-        if generator is None:
-            return clip.preprocess(image)
+        image = data.open_photo(photo, int(2 * max(224, *clip.image_size) / sqrt(smallest)))
         width, height = image.size
+        if generator is None:
+            if max(image.size) > 100 * min(image.size):  # resized, such a strip could take gigabytes
+                image = ImageOps.fit(image, [min(image.size)] * 2)
+            return clip.preprocess(image)
         area = width * height * generator.uniform(smallest, 1)
         aspect = (4 / 3) ** generator.uniform(-1, 1)
         crop_width = min(width, sqrt(area * aspect))

@@ -3,6 +3,7 @@ import glob
 import json
 import os
 import pickle
+import runpy
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data
 import embed
 import scenes
 from data import UsageError
@@ -183,6 +185,60 @@ def test_texts_too_long_and_unknown_words_are_said(capsys):
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
+
+def test_raw_files_and_videos_are_counted_and_heic_is_read_where_it_can_be(tmp_path, capsys, monkeypatch):
+    for name in ("a.jpg", "b.CR2", "c.cr2", "d.mov", "e.heic", "labels.csv"):
+        (tmp_path / name).touch()
+    assert data.list_photos(tmp_path) == [tmp_path / "a.jpg"]
+    said = capsys.readouterr().err
+    assert "2 .cr2 photos, which Pillow cannot read, are left out" in said and f"(first: {tmp_path}/b.CR2)" in said
+    assert "1 .mov videos are left out" in said and "get pillow-heif" in said and "csv" not in said
+    monkeypatch.setitem(sys.modules, "pillow_heif", Mock())
+    with_heif = runpy.run_path(data.__file__)
+    assert with_heif["list_photos"](tmp_path) == [tmp_path / "a.jpg", tmp_path / "e.heic"]
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
+def test_exif_that_cannot_be_parsed(tmp_path, name):
+    """No turning; a torn photo stays an error."""
+    expected = scenes.picture("test", 0)[0]
+    expected.save(tmp_path / name, exif=b"Exif\0\0no TIFF", lossless=True, quality=100)
+    np.testing.assert_allclose(data.open_photo(tmp_path / name), expected, atol=60)  # JPEG
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-500])
+    with pytest.raises(OSError, match="truncated|decode"):
+        data.open_photo(tmp_path / name)
+
+
+def test_grey_of_12_bits(tmp_path):
+    """In 16 bits the value 3000 of 4095 is 187 of 255, and 48,000 of 65,535 too."""
+    for value in (3000, 48000):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "grey.tif")
+        assert data.open_photo(tmp_path / "grey.tif").getpixel((0, 0)) == (187, 187, 187)
+
+
+def test_a_strip_is_cut_to_its_middle(tmp_path):
+    """20,000 x 1 pixels would be resized to 1,280,000 x 64. Its only white pixel is the middle one."""
+    for size in ((20001, 1), (1, 20001)):
+        strip = Image.new("RGB", size)
+        strip.putpixel((size[0] // 2, size[1] // 2), (255, 255, 255))
+        strip.save(tmp_path / "strip.png")
+        resize = Mock(wraps=CLIP.preprocess)
+        found = embed.load_photo(CLIP._replace(preprocess=resize), tmp_path / "strip.png")
+        assert resize.call_args.args[0].size == (1, 1)
+        assert torch.equal(found, CLIP.preprocess(Image.new("RGB", (9, 9), "white")))
+
+
+def test_large_jpegs_are_decoded_smaller(tmp_path):
+    """4000 x 3000 pixels, turned by EXIF, at a quarter: 3000 / 8 is less than 448. 640 pixels: as they are."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = scenes.picture("test", 0)[0].resize((4000, 3000), Image.BICUBIC)
+    photo.save(tmp_path / "large.jpg", exif=exif)
+    photo.resize((640, 480)).save(tmp_path / "small.jpg")
+    assert data.open_photo(tmp_path / "large.jpg", 448).size == (750, 1000)
+    assert data.open_photo(tmp_path / "small.jpg", 448).size == (640, 480)
+    found = embed.load_photo(CLIP, tmp_path / "large.jpg")
+    torch.testing.assert_close(found, CLIP.preprocess(photo.rotate(270, expand=True)), atol=0.1, rtol=0)
 
 def test_a_crop_by_hand(tmp_path):
     """Of 512 x 384 pixels a quarter, 4/3 as wide as high, at the upper right: 256 x 192. As it is or mirrored."""
