@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import unicodedata
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from os.path import isdir, isfile
 from pathlib import Path
@@ -26,6 +26,16 @@ import scenes
 ASSETS = Path(__file__).parent / "assets"
 FEW = 5  # labels; with fewer than these, texts without any label are trained on too
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+HEIC = (".heic", ".heif", ".hif")
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+    register_heif_opener()
+    PHOTO_SUFFIXES += HEIC
+RAW = ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f"
+VIDEO = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .webm .wmv"
+UNREAD = (dict.fromkeys(HEIC, "photos, which Pillow cannot read, are left out; get pillow-heif")
+          | dict.fromkeys(RAW.split(), "photos, which Pillow cannot read, are left out; convert them")
+          | dict.fromkeys(VIDEO.split(), "videos are left out"))
 
 
 class UsageError(Exception):
@@ -362,41 +372,48 @@ def with_negatives(texts, labels, names):
 
 def list_photos(path):
     """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted Paths. Folders that are linked
-    or locked, and .heic photos, are left out and counted in a line. Raises UsageError."""
+    or locked, videos, and photos that Pillow cannot read are left out and counted, a line a kind. Raises UsageError."""
     path = Path(path)
     if path.is_file():
         return [path]
     photos = []
-    heic = []
-    closed = []
+    left_out = {}
     for file in sorted(path.rglob("*")):  # which does not enter linked folders
         suffix = file.suffix.lower()
         if "/." in f"/{file.relative_to(path)}":
             continue  # hidden
         if isdir(file):
             if file.is_symlink() or not os.access(file, os.R_OK | os.X_OK):
-                closed.append(file)
-        elif suffix in (".heic", ".heif"):
-            heic.append(file)
+                left_out.setdefault("folders, linked or locked, are left out", []).append(file)
         elif suffix in PHOTO_SUFFIXES and isfile(file):
             photos.append(file)
-    for files, what in ((closed, "folders, linked or locked"), (heic, ".heic photos, which Pillow cannot read")):
-        if files:
-            say(f"{path}: {len(files)} {what}, are left out (first: {files[0]})")
+        elif suffix in UNREAD:
+            left_out.setdefault(f"{suffix} {UNREAD[suffix]}", []).append(file)
+    for what, files in left_out.items():
+        say(f"{path}: {len(files)} {what} (first: {files[0]})")
     if not photos:
         reason = "no photo in this folder" if path.exists() else "no such file or folder"
         raise UsageError(f"photos {path}: {reason}; photos end in {' '.join(PHOTO_SUFFIXES)}")
     return photos
 
 
-def open_photo(photo):
-    """Path or scenes' (split, index) -> PIL RGB, turned upright by its EXIF mark. Raises OSError or ValueError."""
+def open_photo(photo, side=1 << 30):
+    """Path or scenes' (split, index) -> PIL RGB, turned upright by its EXIF mark if that can be read. side: a large
+    JPEG is decoded at a half, a quarter or an eighth where both sides still have as many pixels, which takes a fifth of
+    the time. Raises OSError or ValueError."""
     if isinstance(photo, tuple):
         return scenes.picture(*photo)[0]
     with Image.open(photo) as image:
-        image = ImageOps.exif_transpose(image)
+        image.draft("RGB", (side, side))
+        image.load()  # raises if the file is torn
+        with suppress(Exception):  # EXIF may hold anything
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
-            image = Image.fromarray(np.uint8(np.asarray(image) >> 8))
+            pixels = np.asarray(image)
+            unused = 8
+            if pixels.max() < 1 << 12:  # of a camera with 12 bits
+                unused = 4
+            image = Image.fromarray(np.uint8(pixels >> unused))
         if image.mode in ("I", "F"):
             raise ValueError("32 bits a pixel; convert it to 8 or 16")
         return image.convert("RGB")

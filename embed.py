@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import sqlite3
 import threading
 from contextlib import suppress
@@ -35,6 +36,15 @@ from data import UsageError, say
 WEIGHTS = Path(__file__).parent / "weights"  # where weights fetched by hand may be put: <backbone>.<tag>.safetensors
 BATCH = 64  # photos encoded at once and stored in one transaction; a run that is killed loses at most one batch
 say_once = functools.cache(say)
+NO_WEIGHTS = {  # what a file is, by its start or the error that it gives
+    "TorchScript": "a TorchScript archive (OpenAI's own form), which holds code; save its state_dict() alone",
+    "^\x80|GLOBAL": "a file of pickled objects, which may run code; save the model's state_dict() alone",
+    "^version https://git-lfs": "a Git LFS pointer in place of the weights; run git lfs pull",
+    r"^\W*<": "a web page",
+    r"^\W*[{[]": "JSON, such as the error message of a server",
+    "": "an empty, damaged or incomplete file, or not what its name says",
+}
+NO_PARAMETERS = ("input_resolution", "context_length", "vocab_size", "attn_mask")  # in OpenAI's and old files
 
 
 # --- CLIP -------------------------------------------------------------------------------------------------------------
@@ -107,10 +117,12 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
         if resolution:
             _resize(model, resolution)
         key = _hash(model, config)
-    if path and not tag and f"{backbone}-quickgelu" in models:
-        say(f"{path}: if these are OpenAI's weights, use --backbone {backbone}-quickgelu (their activation)")
     look = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
     preprocess = open_clip.transform.image_transform_v2(look, is_train=False)
+    if path == str(pretrained) and backbone != "scenes":
+        say(f"{path}: read with quick_gelu {config['quick_gelu']} (True under names in -quickgelu, for OpenAI's weights"
+            f" and others), mean {look.mean}, std {look.std}, resize_mode {look.resize_mode}; if it was trained with "
+            "others, put it beside an open_clip_config.json that holds them and pass --backbone local-dir:FOLDER")
     device = torch.device(device)
     return Clip(model.to(device), tokenizer, preprocess, name, key, precision, look.input_size[1:], device)
 
@@ -135,6 +147,7 @@ def _find_weights(backbone, pretrained, tag):
                          f"try {tags}")
     schema, source = parse_model_name(backbone)
     if schema == "local-dir":
+        data.read_json(f"{source}/open_clip_config.json", "configuration")
         return _find_checkpoint_in_dir(Path(source)) or f"{source}/open_clip_model.safetensors"
     repository, filename = os.path.split(tag.get("hf_hub", f"{source}/"))  # most have no file name
     url = hf_hub_url(repository, filename or "open_clip_model.safetensors")
@@ -147,9 +160,11 @@ def _find_weights(backbone, pretrained, tag):
     try:
         return download_pretrained_from_hf(repository, filename)
     except Exception as error:  # hub clients raise many kinds
+        place = f"put it at {by_hand}{Path(url).suffix}"
+        if schema:
+            place = "put it and open_clip_config.json into a folder and pass --backbone local-dir:FOLDER"
         raise UsageError(f"weights of {backbone} are not on this machine and cannot be fetched ({error}): get {url}, "
-                         f"put it at {by_hand}.safetensors (or .pt, .bin) or pass --pretrained FILE; or put it and "
-                         "open_clip_config.json into a folder and pass --backbone local-dir:FOLDER") from None
+                         f"{place}") from None
 
 
 def _build(backbone, config, tag, resolution):
@@ -168,22 +183,35 @@ def _build(backbone, config, tag, resolution):
 
 
 def _load_weights(model, path):
-    """Fill a model from a file, whatever its precision. Raises many kinds of errors; ValueError if it holds no weights.
-    """
+    """Fill a model from a file, whatever its precision. A prefix of its names, such as "module.", is left out. Raises
+    many kinds of errors; ValueError if it holds no weights, or weights in another form."""
     from unittest.mock import patch
 
     from open_clip import factory
     try:
         with catch_warnings():
             simplefilter("ignore")  # torch's, of a TorchScript archive
-            state = factory.load_state_dict(path)
+            stored = factory.load_state_dict(path)
+            stored = max((value for value in [stored, *stored.values()] if isinstance(value, dict)), key=len)
     except OSError:  # such as no such file
         raise
-    except Exception:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
-        raise ValueError("empty, damaged, cut short, a web page or no weights file; or a TorchScript archive (OpenAI's "
-                         "own form), which holds code and is refused") from None
-    token_ids = state.pop("token_ids", None)
-    state = {name: tensor.float() for name, tensor in state.items()}  # half precision cannot be resized on a CPU
+    except Exception as error:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
+        with open(path, "rb") as file:
+            seen = f"{file.read(40).decode('latin-1')} {error}"
+        kinds = [kind for sign, kind in NO_WEIGHTS.items() if re.search(sign, seen)]
+        raise ValueError(f"this is {kinds[0]}") from None
+    token_ids = stored.pop("token_ids", None)
+    ends = [name for name in stored if name.endswith("logit_scale")]  # every model has one, beside all its parts
+    prefix = min(ends, key=len, default="").removesuffix("logit_scale")
+    state = {}
+    for name, tensor in stored.items():
+        if "vision_model." in name:
+            raise ValueError("this has the names of transformers' models; get it in open_clip's form")
+        own = name.removeprefix(prefix).replace("_orig_mod.", "")
+        if isinstance(tensor, torch.Tensor) and name.startswith(prefix) and own.split(".")[-1] not in NO_PARAMETERS:
+            if tensor.element_size() < 2:
+                raise ValueError(f"{name} is {tensor.dtype}: quantised weights cannot be read")
+            state[own] = tensor.float()  # half precision cannot be resized on a CPU
     if token_ids is not None:
         # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
         table = torch.zeros_like(model.token_embedding.weight)
@@ -228,10 +256,12 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
     side resized, centre crop), or with numpy's generator a random resized crop of `smallest` to 1 of the area, aspect
     3/4 to 4/3, and a flip half of the time. Raises UsageError if it cannot be read."""
     try:
-        image = data.open_photo(photo)
-        if generator is None:
-            return clip.preprocess(image)
+        image = data.open_photo(photo, int(2 * max(224, *clip.image_size) / sqrt(smallest)))
         width, height = image.size
+        if generator is None:
+            if max(image.size) > 100 * min(image.size):  # resized, such a strip could take gigabytes
+                image = ImageOps.fit(image, [min(image.size)] * 2)
+            return clip.preprocess(image)
         area = width * height * generator.uniform(smallest, 1)
         aspect = (4 / 3) ** generator.uniform(-1, 1)
         crop_width = min(width, sqrt(area * aspect))

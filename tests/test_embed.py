@@ -3,6 +3,8 @@ import glob
 import json
 import os
 import pickle
+import re
+import runpy
 import sqlite3
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data
 import embed
 import scenes
 from data import UsageError
@@ -101,18 +104,32 @@ def test_key_follows_what_is_computed(towers, tmp_path, monkeypatch, capsys):
     torch.save(weights, tmp_path / "small-ViT.mean.pt")
     torch.save(weights, tmp_path / "small-ViT.squashed.bin")
     keys = [embed.load_clip("small-ViT", tag).key for tag in tags]
-    assert keys[0] == embed.load_clip("small-ViT-quickgelu", towers["small-ViT"]).key
     assert not capsys.readouterr().err
+    assert keys[0] == embed.load_clip("small-ViT-quickgelu", towers["small-ViT"]).key
+    assert "read with quick_gelu True " in capsys.readouterr().err
     keys.append(embed.load_clip("small-ViT", towers["small-ViT"]).key)
-    assert "if these are OpenAI's weights, use --backbone small-ViT-quickgelu" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert re.search("read with quick_gelu False .*-quickgelu.* mean .0.48.* std .0.26.* resize_mode shortest", said)
     weights["logit_scale"] += 1e-3
-    state = {f"module.{name}": tensor for name, tensor in weights.items()}
-    torch.save({"state_dict": state}, tmp_path / "epoch_1.pt")
-    keys.append(embed.load_clip("small-ViT", str(tmp_path / "epoch_1.pt")).key)
+    torch.save(weights, tmp_path / "epoch_1.pt")
+    keys.append(embed.load_clip("small-ViT", tmp_path / "epoch_1.pt").key)
     assert len(set(keys)) == 5
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_state_dicts_as_people_have_them(towers, tmp_path, prefix):
+    """With OpenAI's three numbers, which are no parameters, and the mask that old files hold"""
+    more = {"input_resolution": torch.tensor(64), "context_length": 40, "vocab_size": 9, "attn_mask": torch.zeros(2, 2)}
+    state = {prefix + name: tensor for name, tensor in {**more, **load_file(towers["small-ViT"])}.items()}
+    for stored in (state, {"epoch": 1, "model_state_dict": state}):
+        torch.save(stored, tmp_path / "weights.pt")
+        found = embed.load_clip("small-ViT", tmp_path / "weights.pt").key
+        assert found == embed.load_clip("small-ViT", towers["small-ViT"]).key
+
+
 def test_local_dir_and_random_weights(towers, tmp_path, capsys):
+    with pytest.raises(UsageError, match="open_clip_config.json: no such file"):
+        embed.load_clip(f"local-dir:{tmp_path}")
     config = {"model_cfg": open_clip.get_model_config("small-ViT")}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     torch.manual_seed(1)
@@ -146,17 +163,21 @@ class Code:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_what_is_no_weights_file(towers, tmp_path, monkeypatch):
-    """Nothing in it is run."""
+    """It is named as what it is; nothing in it is run."""
     monkeypatch.chdir(tmp_path)
     script = torch.jit.script(torch.nn.Linear(2, 2)).save_to_buffer()
-    for content in (b"", b"<!DOCTYPE html>", script[:500], script, pickle.dumps(Code())):
+    for content, what in ((b"", "empty"), (script[:500], "damaged"), (script, "TorchScript"), (b" <html>", "web page"),
+                          (b"version https://git-lfs", "Git LFS pointer"), (b'{"error": "not found"}', "JSON"),
+                          (pickle.dumps(Code()), "pickled objects"), (pickle.dumps(Code(), 0), "pickled objects")):
         (tmp_path / "weights.pt").write_bytes(content)
-        with pytest.raises(UsageError, match="^--backbone small-ViT, weights weights.pt: empty, .*TorchScript.*; giv"):
+        with pytest.raises(UsageError, match=f"^--backbone small-ViT, weights weights.pt: this is .*{what}.*; give we"):
             embed.load_clip("small-ViT", "weights.pt")
     assert os.listdir() == ["weights.pt"]
 
 
 @pytest.mark.parametrize("name, value, message", [
+    ("vision_model.post_layernorm.weight", 1.0, "names of transformers' models"),
+    ("visual.proj", np.int8(1), "visual.proj is torch.int8: quantised"),
     ("logit_scale", np.nan, "weights .*: hold values that are not finite .in logit_scale"),
     ("ln_final.bias", 0, "weights .*: .* size mismatch for ln_final.bias.*; give weights of this very model")])
 def test_wrong_weights(towers, tmp_path, name, value, message):
@@ -170,8 +191,10 @@ def test_weights_that_are_not_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path)
     monkeypatch.setattr(embed, "urlopen", Mock(side_effect=OSError("no network")))
-    with pytest.raises(UsageError, match="https://.*_model.safetensors, put it at .*weights/ViT-B-32.openai.safeten"):
+    with pytest.raises(UsageError, match="_model.safetensors, put it at .*weights/ViT-B-32.openai.safetensors$"):
         embed.load_clip("ViT-B-32")
+    with pytest.raises(UsageError, match="weights of hf-hub:a/b .*_model.safetensors, put it and .*local-dir:FOLDER$"):
+        embed.load_clip("hf-hub:a/b")
 
 
 def test_texts_too_long_and_unknown_words_are_said(capsys):
@@ -183,6 +206,55 @@ def test_texts_too_long_and_unknown_words_are_said(capsys):
 
 
 # --- photos -----------------------------------------------------------------------------------------------------------
+
+def test_raw_files_and_videos_are_counted_and_heic_is_read_where_it_can_be(tmp_path, capsys, monkeypatch):
+    for name in ("a.jpg", "b.CR2", "c.cr2", "d.mov", "e.heic", "labels.csv"):
+        (tmp_path / name).touch()
+    for library, count in ((Mock(), 2), (None, 1)):
+        monkeypatch.setitem(sys.modules, "pillow_heif", library)
+        assert len(runpy.run_path(data.__file__)["list_photos"](tmp_path)) == count
+    said = capsys.readouterr().err
+    assert re.search("2 .cr2 photos, which .*b.CR2.*\n.*1 .mov videos are .*\n.*1 .heic .*get pillow-heif.*\n$", said)
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
+def test_exif_that_cannot_be_parsed(tmp_path, name):
+    """No turning; a torn photo stays an error."""
+    expected = scenes.picture("test", 0)[0]
+    expected.save(tmp_path / name, exif=b"Exif\0\0no TIFF", lossless=True, quality=100)
+    np.testing.assert_allclose(data.open_photo(tmp_path / name), expected, atol=60)  # JPEG
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-500])
+    with pytest.raises(OSError):
+        data.open_photo(tmp_path / name)
+
+
+def test_grey_of_12_bits(tmp_path):
+    """In 16 bits the value 3000 of 4095 is 187 of 255, and 48,000 of 65,535 too."""
+    for value in (3000, 48000):
+        Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "grey.tif")
+        assert data.open_photo(tmp_path / "grey.tif").getpixel((0, 0)) == (187, 187, 187)
+
+
+def test_a_strip_is_cut_to_its_middle(tmp_path):
+    """20,001 x 1 pixels would be resized to 1,280,064 x 64. Only the one in the middle is white."""
+    strip = Image.new("L", (20001, 1))
+    strip.putpixel((10000, 0), 255)
+    strip.save(tmp_path / "strip.png")
+    watched = CLIP._replace(preprocess=Mock())
+    embed.load_photo(watched, tmp_path / "strip.png")
+    assert np.array_equal(watched.preprocess.call_args.args[0], np.full((1, 1, 3), 255))
+
+
+def test_large_jpegs_are_decoded_smaller(tmp_path):
+    """4000 x 3000 pixels, turned by EXIF, at a quarter: 3000 / 8 is less than 448."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo = scenes.picture("test", 0)[0].resize((4000, 3000), Image.BICUBIC)
+    photo.save(tmp_path / "large.jpg", exif=exif)
+    assert data.open_photo(tmp_path / "large.jpg", 448).size == (750, 1000)
+    found = embed.load_photo(CLIP, tmp_path / "large.jpg")
+    torch.testing.assert_close(found, CLIP.preprocess(photo.rotate(270, expand=True)), atol=0.1, rtol=0)
+
 
 def test_a_crop_by_hand(tmp_path):
     """Of 512 x 384 pixels a quarter, 4/3 as wide as high, at the upper right: 256 x 192. As it is or mirrored."""
