@@ -244,7 +244,8 @@ THOUGHTS = re.compile(r"(?is)^.*([<[◁]\|?/\|?(\w+:)?(think|thought|reason|refl
                       r"|<\|end_(of_)?th(ought|ink)\w*\|>|<\|channel\|>final[^|]*(<\|constrain\|>[^|]*)?<\|message\|>"
                       r"|assistantfinal|here is my response:)")
 THOUGHT = re.compile(r"(?is)([<[◁]\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<unused94>"
-                     r"|<\|?channel\|?>\s*(analysis|thought|commentary)|<\|(begin|start)_(of_)?th(ought|ink)\w*\|>|^\s*analysis\w"
+                     r"|<\|?channel\|?>\s*(analysis|thought|commentary)|<\|(begin|start)_(of_)?th(ought|ink)\w*\|>"
+                     r"|^\s*analysis\w"
                      r"|^\s*here is my thought process:).*")
 JSON = json.JSONDecoder(object_hook=lambda fields: "\n".join(map(str, fields.values())))  # an object is its values
 PARAGRAPH = re.compile(r"(?<=[.!?])(?<!\b(?:Mr|Ms|Mt|Dr|St)\.)(?<!\bMrs\.)\s+(?=[A-Z])")  # between its sentences
