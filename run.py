@@ -11,7 +11,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import shutil
 import subprocess
@@ -534,6 +533,9 @@ def peak_memory_mib():
     """Of the GPU where one is used, else of this process"""
     if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    if find_spec("resource") is None:  # Windows has none
+        return None
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 20)
 

@@ -55,6 +55,11 @@ def test_an_import_leaves_the_process_alone(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+def test_without_what_only_unix_has():
+    code = "import sys; sys.modules.update(resource=None, fcntl=None); import run; sys.exit(run.peak_memory_mib())"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)
+
+
 @pytest.mark.parametrize("script, heading", [("adapter_rp.py", "## RP"), ("sspa.py", "## SSPA")])
 def test_every_choice_is_in_the_table(script, heading):
     """Marks such as "choice D7", "[author D7]", "choices D5, D7" in the script, rows of the table in docs/choices.md"""

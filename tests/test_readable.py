@@ -19,8 +19,8 @@ TOKENS = {  # of each file, and of all tests together; the whole stays within th
     "experiments/baselines.py": 643, "experiments/benchmark.py": 3544, "experiments/localize.py": 2359,
     "experiments/tables.py": 4343, "experiments/text_quality.py": 1485, "experiments/thresholds.py": 826,
     "experiments/train_scenes_clip.py": 1066, "explain.py": 899, "llm_text.py": 4714, "metrics.py": 1596,
-    "pictures.py": 1499, "run.py": 4556, "scenes.py": 4424, "sspa.py": 9200, "tag.py": 1839, "walk.py": 527,
-    "tests/*.py": 34667,
+    "pictures.py": 1499, "run.py": 4566, "scenes.py": 4424, "sspa.py": 9200, "tag.py": 1839, "walk.py": 527,
+    "tests/*.py": 34697,
 }
 READ = ("sspa.py", "adapter_rp.py", "explain.py")  # beside the papers; other files may have a fifth more of each
 PLAIN = {"tokens a line": 12.0, "lines above 20 tokens, %": 13.5, "median head": 9, "several names, %": 2.0,
