@@ -55,6 +55,7 @@ experiments() {
     rp scenes-templates --texts "$RUNS/templates.jsonl"
     rp ucm-toy --backbone scenes
     sspa ucm-toy --tune-image none --backbone scenes
+    sspa ucm-toy-tuned --tune-image full --backbone scenes
     once thresholds-features thresholds.json experiments/thresholds.py --features "$FEATURES" --seed ${SEEDS:-0 1 2}
     once thresholds-scenes thresholds.json experiments/thresholds.py --seed ${SEEDS:-0 1 2}
 

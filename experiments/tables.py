@@ -61,6 +61,7 @@ OTHERS = {  # runs of RP whose probabilities are looked at: end of the name, wor
     "--clip-0.05": ", clip 0.05", "--focal-gradient-stopped": ", focal gradient stopped", "--loss-bce": ", bce",
     "-250-texts": "", "-templates": ", template sentences", "-first-1": ", one label", "-first-2": ", two labels",
     "-first-4": ", four labels", "-toy": ", toy CLIP"}
+TOWERS = {"": "", "-short": "", "-tuned-short": ", tuned", "-toy": ", toy CLIP", "-toy-tuned": ", toy CLIP, tuned"}
 CURVES = {"rp-features": "RP, photo features", "rp-scenes": "RP, scenes", "sspa-scenes-short": "SSPA, scenes"}
 COSTS = ("prompt tuning, ms a step", "adapter, ms a step", "ratio of the times", "ratio of the multiplications")
 PUBLISHED = ("dataset", "metric", "value", "method", "backbone", "source", "note")  # of a cell of paper_numbers.json
@@ -306,7 +307,7 @@ def sspa_maps(runs):
 def probabilities(runs):
     ends = [f"/{title}" for title in CHANCES]
     rows = []
-    for method, kinds in (("rp", OTHERS), ("sspa", {"": "", "-short": "", "-tuned-short": ", tuned", "-toy": ""})):
+    for method, kinds in (("rp", OTHERS), ("sspa", TOWERS)):
         for label, *cells in grid(runs, method, kinds, ends):
             rows.append([f"{method.upper()}, {label}", *cells])
     return Table("What scores and probabilities are worth, percent", CHANCES, rows)
