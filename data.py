@@ -151,9 +151,13 @@ LABEL_WORDS = read_json(ASSETS / "labels/names.json", "label names")
 DATASETS = ("scenes", *LABEL_WORDS, "folder")
 
 
+INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphen, zero width space, word joiner, byte order mark
+
+
 def fold(text):
-    """Texts and names are compared in this form: composed characters, straight apostrophes, no upper case."""
-    return unicodedata.normalize("NFC", text).replace("’", "'").casefold()
+    """Texts and names are compared in this form: composed characters, straight apostrophes, no upper case, and nothing
+    that cannot be seen."""
+    return INVISIBLE.sub("", unicodedata.normalize("NFC", text)).replace("’", "'").casefold()
 
 
 def plain(phrase):
@@ -178,8 +182,13 @@ def check_names(names, source):
 
 
 def read_labels(path):
-    """A label file, one name a line, UTF-8, blank lines skipped -> list of str. Raises UsageError."""
-    names = check_names(lines_of(path, "label file"), f"label file {path}")
+    """A label file, one name a line, UTF-8, blank lines skipped; "dining_table" is dining table. -> list of str. Raises
+    UsageError."""
+    seen = INVISIBLE.sub("", "\n".join(lines_of(path, "label file")))
+    if "_" in seen:
+        say(f"{path}: an underscore in a label is read as a space")
+    lines = [line.strip() for line in seen.replace("_", " ").split("\n")]
+    names = check_names([line for line in lines if line], f"label file {path}")
     odd = [name for name in names if re.match("[#*-]|.*,", name)]
     if odd:
         say(f"{path}: '{odd[0]}' is taken as a label, word by word; one name a line, without marks and commas")
