@@ -13,6 +13,7 @@ import sys
 import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from os.path import isdir, isfile
 from pathlib import Path
 from textwrap import shorten
@@ -27,9 +28,7 @@ ASSETS = Path(__file__).parent / "assets"
 FEW = 5  # labels; with fewer than these, texts without any label are trained on too
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 HEIC = (".heic", ".heif", ".hif")
-with suppress(ImportError):
-    from pillow_heif import register_heif_opener
-    register_heif_opener()
+if find_spec("pillow_heif"):
     PHOTO_SUFFIXES += HEIC
 RAW = ".3fr .arw .cr2 .cr3 .crw .dng .erf .iiq .kdc .nef .nrw .orf .pef .raf .raw .rw2 .rwl .sr2 .srf .srw .x3f"
 VIDEO = ".3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .webm .wmv"
@@ -412,6 +411,9 @@ def open_photo(photo, side=1 << 30):
     the time. Raises OSError or ValueError."""
     if isinstance(photo, tuple):
         return scenes.picture(*photo)[0]
+    if Path(photo).suffix.lower() in HEIC and find_spec("pillow_heif"):
+        from pillow_heif import register_heif_opener
+        register_heif_opener()
     with Image.open(photo) as image:
         image.draft("RGB", (side, side))
         image.load()  # raises if the file is torn

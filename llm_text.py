@@ -240,9 +240,9 @@ PREFIX = re.compile(r"^([\s\"“”«»`]+|[-*•·–—◦▪>]+\s+|\(?\d{1,3}
 UNSEEN = re.compile("[\0-\x1f\x7f-\x9f\xad\u061c\u200b\u200c\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
                     "\ufff9-\ufffb]")
 # a model's thoughts: up to their last closing mark (the opening one may stand in its chat template), or cut off
-THOUGHTS = re.compile(r"(?is)^.*([<[◁]\|?/\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<channel\|>|<unused95>"
-                      r"|<\|end_(of_)?th(ought|ink)\w*\|>|<\|channel\|>final[^|]*(<\|constrain\|>[^|]*)?<\|message\|>"
-                      r"|assistantfinal|here is my response:)")
+THOUGHTS = re.compile(r"(?is)^.*([<[◁]\|?/\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<channel\|>"
+                      r"|<unused95>|<\|end_(of_)?th(ought|ink)\w*\|>|assistantfinal|here is my response:"
+                      r"|<\|channel\|>final[^|]*(<\|constrain\|>[^|]*)?<\|message\|>)")
 THOUGHT = re.compile(r"(?is)([<[◁]\|?(\w+:)?(think|thought|reason|reflect)\w*\|?[]>▷]|<unused94>"
                      r"|<\|?channel\|?>\s*(analysis|thought|commentary)|<\|(begin|start)_(of_)?th(ought|ink)\w*\|>"
                      r"|^\s*analysis\w"

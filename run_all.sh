@@ -16,6 +16,7 @@
 set -eo pipefail
 CALLED_FROM="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")" && HERE="$PWD"
+if [ "$CALLED_FROM" = "$HERE" ]; then FROM=; else FROM="$CALLED_FROM/"; fi  # short paths in recorded commands
 trap 'exit 130' INT  # else the next run would begin
 
 experiments() {
@@ -137,7 +138,7 @@ run() {  # NAME SCRIPT WORDS. $RUNS/NAME: the run; NAME.log: what it said; NAME.
     if "$@" > "$at.log" 2>&1; then rm -f "$at.reason"; echo "done"; else tail -n 1 "$at.log" | tee "$at.reason"; fi
 }
 fail() { echo "run_all.sh: $1" >&2; exit 2; }
-absolute() { case "$1" in "") echo "$2" ;; /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }  # PATH DEFAULT
+absolute() { case "$1" in "") echo "$2" ;; /*) echo "$1" ;; *) echo "$FROM$1" ;; esac; }  # PATH DEFAULT
 set_up() {  # an active virtual environment is used as it is, else .venv is made; a torch that is there stays
     [ "$VIRTUAL_ENV" ] || [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv \
         || { rm -rf .venv; fail "cannot make .venv; on Debian and Ubuntu: apt install python3-venv"; }

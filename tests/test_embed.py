@@ -210,9 +210,14 @@ def test_texts_too_long_and_unknown_words_are_said(capsys):
 def test_raw_files_and_videos_are_counted_and_heic_is_read_where_it_can_be(tmp_path, capsys, monkeypatch):
     for name in ("a.jpg", "b.CR2", "c.cr2", "d.mov", "e.heic", "labels.csv"):
         (tmp_path / name).touch()
-    for library, count in ((Mock(), 2), (None, 1)):
+    heif = Mock(__spec__=Mock())
+    for library, count in ((heif, 2), (None, 1)):
         monkeypatch.setitem(sys.modules, "pillow_heif", library)
-        assert len(runpy.run_path(data.__file__)["list_photos"](tmp_path)) == count
+        fresh = runpy.run_path(data.__file__)
+        assert len(fresh["list_photos"](tmp_path)) == count
+        with pytest.raises(OSError):
+            fresh["open_photo"](tmp_path / "e.heic")  # empty
+    assert heif.register_heif_opener.call_count == 1  # not by an import
     said = capsys.readouterr().err
     assert re.search("2 .cr2 photos, which .*b.CR2.*\n.*1 .mov videos are .*\n.*1 .heic .*get pillow-heif.*\n$", said)
 

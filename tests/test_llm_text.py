@@ -129,7 +129,8 @@ def test_clean(written, found):
     ("length: 3 words", "A dog is."), ("length: 43 words", "A dog " + "very " * 40 + "near."),
     ("unfinished", "A dog and a cat with the|A dog and a cat with the.|A dog and a cat sit in..."),
     ("repeats itself", "dog dog dog dog a dog dog dog"),
-    ("not English", "Der Hund dog steht im Garten|A dog под the table|Der dog liegt in der Sonne|Dog chases cat now"),
+    ("not English",
+     "Der Hund dog steht im Garten|A dog под the table|Der dog liegt in der Sonne|Dog chases cat now"),
     ("duplicate", "A black keyboard beside a small grey mouse under a lamp.|"  # the prompt's own example
                   "a bus stands on the old, red stone bridge"),
     ("near-duplicate", "A bus stands on the old red brick bridge."),  # 8 of 10 words
