@@ -21,6 +21,7 @@ from textwrap import shorten
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 import scenes
 
@@ -47,7 +48,7 @@ class MissingFile(UsageError):
 
 def say(message):
     """One line for the person at the terminal. Stderr, so that stdout holds results only."""
-    print(message, file=sys.stderr)
+    tqdm.write(message, sys.stderr)  # on a line of its own, also where a bar is drawn
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

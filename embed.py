@@ -428,14 +428,15 @@ def _check_texts(clip, texts):
 
 # --- photos, encoded --------------------------------------------------------------------------------------------------
 
-def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet=False, share=True):
+def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet=False, share=True, also=()):
     """Photos through an encoder, a row each, in their order; what is in the cache is not computed again. encoder: what
     computes the values, as a str; encode: images [b, 3, H, W] -> dict of tensors [b, ...]. -> generator of (row in
     photos, {name: tensor on the CPU}, or None if the photo cannot be read). Such photos are counted at the end.
-    share: under torchrun each process first encodes its part of the photos into the cache."""
+    share: under torchrun each process first encodes its part of the photos into the cache; also: more pairs (encoder,
+    encode), whose values are kept in the cache, for later, when a photo is encoded."""
     if share and cache and distributed.is_initialized():
         part = photos[distributed.get_rank()::distributed.get_world_size()]
-        for _ in encode_photos(clip, part, encoder, encode, cache, workers, quiet, share=False):
+        for _ in encode_photos(clip, part, encoder, encode, cache, workers, quiet, share=False, also=also):
             pass
         distributed.barrier()
     store = Cache(cache)
@@ -445,16 +446,18 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
     images_of = decoded(clip, photos, list(batch_at.values()), workers)
     fresh = {}  # of the batch at hand
     bad = 0
-    for row, key in enumerate(tqdm(keys, "embedding photos", disable=quiet or None)):
+    for row, key in enumerate(tqdm(keys, "photos", disable=quiet or None)):
         if row in batch_at:
             images, readable = next(images_of)
-            with torch.no_grad(), autocast(clip.device, clip.precision):
-                tensors = encode(images.to(clip.device))
-            fresh = {}
-            for place, other in enumerate(batch_at[row]):
-                if readable[place]:
-                    fresh[keys[other]] = {name: values[place].cpu().contiguous() for name, values in tensors.items()}
-            store.put(encoder, fresh)
+            for kind, encode_kind in [*also, (encoder, encode)]:
+                with torch.no_grad(), autocast(clip.device, clip.precision):
+                    tensors = encode_kind(images.to(clip.device))
+                fresh = {}
+                for place, other in enumerate(batch_at[row]):
+                    if readable[place]:
+                        one = {name: values[place].cpu().contiguous() for name, values in tensors.items()}
+                        fresh[keys[other]] = one
+                store.put(kind, fresh)
         encoded = fresh.get(key) or store.get(encoder, key)
         if not encoded:
             bad += 1

@@ -7,7 +7,6 @@ C labels, M regions of a square photo, row by row from the top left. A picture i
 (224, 224)
 """
 import base64
-import contextlib
 import json
 import math
 from importlib.util import find_spec
@@ -90,31 +89,46 @@ def contact_sheet(photos, names, scores, tags, path):
     return _write(sheet, path)
 
 
-def page(path, lines, total, thresholds, top_k=None):
-    """One HTML file, assets/page.html with the first PAGE photos in it: thumbnails, tags, a filter, a slider. -> Path
+def for_page(probabilities):
+    """Which photos a page shows: all, or where they are more than PAGE, the likeliest of each label and those likeliest
+    to show none. probabilities: [N, C] -> sorted rows"""
+    rows = np.arange(len(probabilities))
+    best_rank = np.full(len(rows), len(rows))
+    likeliest = probabilities.max(1)
+    for likelihood in [*probabilities.T, 1 - likeliest]:
+        order = np.argsort(-likelihood, kind="stable")
+        best_rank[order] = np.minimum(best_rank[order], rows)
+    best_first = np.lexsort([-likeliest, best_rank])
+    return np.sort(best_first[:PAGE])
 
-    lines: JSON {"photo": path, "probabilities": {label: 0..1, likeliest first}} each; total: photos in all; thresholds:
-    {label: 0..1}, where the slider starts; top_k: so many tags a photo whatever the thresholds, or None. Raises
-    UsageError if it cannot be written.
+
+def page(path, lines, thumbnails, total, thresholds, top_k=None):
+    """One HTML file, assets/page.html with photos in it: thumbnails, tags, filters, a slider. -> Path
+
+    lines: N of JSON {"photo": path, "probabilities": {label: 0..1, likeliest first}}; thumbnails: bytes of a JPEG each;
+    total: photos in all; thresholds: {label: 0..1}, where the slider starts; top_k: so many tags a photo whatever the
+    thresholds, or None. Raises UsageError if it cannot be written.
     """
     photos = []
-    for entry in map(json.loads, lines[:PAGE]):
-        photo = Path(entry["photo"])
-        stream = BytesIO()
-        with contextlib.suppress(Exception):  # damaged or gone since; Pillow raises many kinds
-            image = data.open_photo(photo)
-            image.thumbnail((240, 240))
-            image.save(stream, "JPEG")
-        thumbnail = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
-        photos.append({"name": str(photo),
-                       "link": photo.absolute().as_uri(),
-                       "thumbnail": thumbnail,
+    for line, thumbnail in zip(lines, thumbnails, strict=True):
+        entry = json.loads(line)
+        code = base64.b64encode(thumbnail).decode()
+        photos.append({"name": entry["photo"],
+                       "link": Path(entry["photo"]).absolute().as_uri(),
+                       "thumbnail": f"data:image/jpeg;base64,{code}",
                        "probabilities": list(entry["probabilities"].items())[:50]})
     content = json.dumps({"photos": photos, "total": total, "thresholds": thresholds, "top_k": top_k})
     template = data.read_text(data.ASSETS / "page.html", "template")
     html = template.replace("/*DATA*/", content.replace("<", "\\u003c"))  # so no name ends the script
     data.write_atomically(path, html)
     return Path(path)
+
+
+def as_jpeg(image):
+    """PIL RGB -> bytes of a file"""
+    stream = BytesIO()
+    image.save(stream, "JPEG")
+    return stream.getvalue()
 
 
 def as_seen(image, normalise):

@@ -597,7 +597,7 @@ def exit_codes(script):
         why = str(error)
     except KeyboardInterrupt:
         code = 130
-        why = "interrupted; the same command goes on from the last saved epoch"
+        why = "interrupted; the same command goes on from what is saved (epochs, encoded photos in the cache)"
     except BrokenPipeError:  # | head: nothing more is wanted
         code = 0
     except OSError as error:  # a full disk, a folder without permission

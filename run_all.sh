@@ -10,7 +10,7 @@
 # bash run_all.sh --plan  prints the command of every run, and makes none
 # bash run_all.sh demo    trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
 # bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [options of adapter_rp.py and tag.py, as
-#                         --backbone ViT-L-14 --pretrained TAG-OR-FILE --threshold 0.6 --top-k 5 --html --output DIR]
+#                         --backbone ViT-L-14 --pretrained TAG-OR-FILE --threshold 0.6 --html --csv --xmp --output DIR]
 #                         from label names, one a line, to tagged photos: sentences, an adapter, tags/tags.jsonl
 # bash run_all.sh test    runs the tests; more words go to pytest
 set -eo pipefail
@@ -180,7 +180,9 @@ case "$1" in
         ;;
     tag)
         cd "$CALLED_FROM"
-        [ -f "$2" ] && [ -e "$3" ] || fail "tag needs a label file and a folder of photos, before any option; see -h"
+        [ "$3" ] || fail "tag needs a label file and a folder of photos, before any option; see -h"
+        [ -f "$2" ] || fail "label file $2: no such file; write one, a name a line"
+        [ -e "$3" ] || fail "photos $3: no such file or folder; give a folder of photos, before any option"
         words="$2" photos="$3" author=() learn=() tag=()
         PYTHONPATH="$HERE" python -c 'import sys, data
 try: data.list_photos(sys.argv[1])
@@ -190,7 +192,7 @@ except data.UsageError as error: sys.exit(f"run_all.sh: {error}")' "$photos" || 
         for word in "$@"; do  # whose option it is; a word that is none belongs to the option before it
             case "${word%%=*}" in
                 --llm | --model | --count) into=author ;;
-                --threshold | --top-k | --html | --stdout | --output) into=tag ;;
+                --threshold | --top-k | --html | --csv | --xmp | --stdout | --output) into=tag ;;
                 --gpu | --cpu | --cache | --workers | --quiet) into=both ;;
                 --*) into=learn ;;
             esac

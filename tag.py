@@ -2,6 +2,7 @@
 
     python tag.py runs/rp/scenes/checkpoint.safetensors photos/        tags/tags.jsonl, tags/contact_sheet.png
     python tag.py CHECKPOINT PHOTOS... --html --threshold 0.6          and tags/tags.html, a page to look through them
+    python tag.py CHECKPOINT PHOTOS... --csv --xmp                     and tags/tags.csv, and photo.jpg.xmp a photo
     python tag.py CHECKPOINT PHOTOS... --stdout                        a line a photo as soon as it is done, no files
 
 A photo gives a JSON line: {"photo": path, "labels": [tags, strongest first], "probabilities": {label: 0 to 1}}. A tag
@@ -14,9 +15,12 @@ In Python:
     model.labels                                             # C names
     model.probabilities(["photo.jpg", image, tensor])        # float64 [3, C]; model.scores: before they are corrected
 """
+import csv
+import io
 import json
 import sys
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
@@ -104,11 +108,17 @@ def parse(argv):
     add("--output", default="tags", metavar="DIR", help="folder of results (default: tags)")
     add("--stdout", action="store_true", help="write the lines to standard output as photos are done, and no files")
     add("--html", action="store_true", help="a page to look through the photos, too")
+    add("--csv", action="store_true", help="a table, too: a line a photo, its tags, a column a label of probabilities")
+    add("--xmp", action="store_true", help="the tags beside each photo, too, in a sidecar that photo managers read")
     add_running(parser)
     options = parser.parse_args(argv)
     options.threshold = read_threshold(options.threshold)
     if options.threshold == "auto" and options.stdout:
         raise UsageError("--threshold auto looks at all photos before the first line, --stdout does not; give a number")
+    if options.stdout and (options.html or options.csv or options.xmp):
+        raise UsageError("--stdout writes no files; leave it out, or --html, --csv and --xmp")
+    if options.stdout and sys.stdout.isatty():
+        options.quiet = True  # lines and a bar would share the terminal
     return options
 
 
@@ -170,8 +180,11 @@ def thresholds_for(labels, count, options):
 def tagged(model, photos, options):
     """-> iterator over (photo, probabilities [C]) of the photos that can be read"""
     tagger = model.tagger
+    also = []
+    if options.html:
+        also = [thumbnails_of(model.clip)]
     rows = embed.encode_photos(model.clip, photos, tagger.encoder, tagger.encode, options.cache, options.workers,
-                               options.quiet)
+                               options.quiet, also=also)
     count = 0
     for row, features in rows:
         if features is not None:
@@ -180,6 +193,16 @@ def tagged(model, photos, options):
             yield photos[row], model.probabilities_of(tagger.scores_of(one))[0]
     if not count:
         raise UsageError("no photo could be read; check the files named above")
+
+
+def thumbnails_of(clip):
+    """-> (encoder, encode) as embed.encode_photos takes them: the square that CLIP sees, as a small JPEG file"""
+    normalise = clip.preprocess.transforms[-1]
+
+    def encode(images):
+        files = [pictures.as_jpeg(pictures.as_seen(image.numpy(), normalise)) for image in images.cpu()]
+        return {"jpeg": [torch.frombuffer(bytearray(file), dtype=torch.uint8) for file in files]}
+    return f"thumbnail {clip.key}", encode
 
 
 def tags_of(probabilities, thresholds, top_k):
@@ -200,7 +223,7 @@ def line_of(photo, probabilities, thresholds, labels, top_k):
 
 
 def write_files(model, photos, thresholds, options):
-    """DIR/tags.jsonl, thresholds.json, contact_sheet.png and, with --html, tags.html. What was there is replaced at the
+    """DIR/tags.jsonl, thresholds.json, contact_sheet.png and what else was asked for. What was there is replaced at the
     end alone."""
     folder = Path(options.output)
     lock = data.hold(folder / ".lock", f"--output {folder}")
@@ -212,19 +235,69 @@ def write_files(model, photos, thresholds, options):
         thresholds = np.array([float(f"{threshold:.4g}") for threshold in found])  # as the file shows them
     lines = [line_of(photo, row, thresholds, model.labels, options.top_k) for photo, row in read]
     tags = [tags_of(row, thresholds, options.top_k) for row in probabilities]
+    names = [[model.labels[label] for label in some] for some in tags]
 
-    written = [folder / "tags.jsonl", folder / "thresholds.json"]
-    data.write_atomically(written[0], "".join(lines).encode("utf-8", "surrogateescape"))  # names of files are bytes
     by_label = dict(zip(model.labels, thresholds.tolist(), strict=True))
-    data.write_json(written[1], by_label)
+    written = []
+    if options.html:  # first, since it takes the longest
+        rows = pictures.for_page(probabilities)
+        written.append(write_page(folder / "tags.html", model, photos, lines, rows, by_label, options))
     sheet = folder / "contact_sheet.png"
     written.append(pictures.contact_sheet(photos, model.labels, probabilities, tags, sheet))
-    if options.html:
-        page = folder / "tags.html"
-        written.append(pictures.page(page, lines[:pictures.PAGE], len(lines), by_label, options.top_k))
+    written.append(write_names(folder / "tags.jsonl", "".join(lines)))
+    written.append(folder / "thresholds.json")
+    data.write_json(written[-1], by_label)
+    if options.csv:
+        written.append(write_names(folder / "tags.csv", table_of(photos, names, model.labels, probabilities)))
+    if options.xmp:
+        written.append(write_sidecars(photos, names))
     lock.release()
     report(model.labels, probabilities, tags, thresholds)
     print("\nin " + ", ".join(map(str, written)))
+
+
+def write_names(path, text):
+    """A text with names of files, which are bytes. -> its path"""
+    data.write_atomically(path, text.encode("utf-8", "surrogateescape"))
+    return path
+
+
+def table_of(photos, names, labels, probabilities):
+    """tags.csv, with the mark by which spreadsheets know UTF-8. names: for each photo its tags"""
+    table = io.StringIO()
+    table.write("\ufeff")
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["photo", "tags", *labels])
+    for photo, some, row in zip(photos, names, probabilities, strict=True):
+        writer.writerow([photo, "; ".join(some), *np.round(row, 4)])
+    return table.getvalue()
+
+
+def write_page(path, model, photos, lines, rows, thresholds, options):
+    """rows: of the photos that it shows. -> its path"""
+    shown = [photos[row] for row in rows]
+    found = embed.encode_photos(model.clip, shown, *thumbnails_of(model.clip), options.cache, options.workers,
+                                options.quiet)
+    thumbnails = [bytes(thumbnail["jpeg"].numpy()) if thumbnail else b"" for _, thumbnail in found]
+    return pictures.page(path, [lines[row] for row in rows], thumbnails, len(photos), thresholds, options.top_k)
+
+
+def write_sidecars(photos, names):
+    """Beside each photo.jpg a photo.jpg.xmp with its tags, as digiKam, Lightroom and Immich read them; those of other
+    programs stay as they are. names: for each photo its tags. -> what was written, in words"""
+    template = data.read_text(data.ASSETS / "sidecar.xmp", "template")
+    of_others = []
+    for photo, some in zip(photos, names, strict=True):
+        sidecar = Path(f"{photo}.xmp")
+        there = [path for path in (sidecar, photo.with_suffix(".xmp")) if path.is_file()]
+        if any(b'xmptk="tag.py"' not in path.read_bytes() for path in there):
+            of_others.append(there[0])
+            continue
+        items = "".join(f"<rdf:li>{escape(name)}</rdf:li>" for name in some)
+        data.write_atomically(sidecar, template.replace("TAGS", items))
+    if of_others:
+        say(f"{len(of_others)} sidecars of other programs are left as they are (first: {of_others[0]})")
+    return f"{len(photos) - len(of_others)} sidecars beside the photos"
 
 
 def report(labels, probabilities, tags, thresholds):

@@ -291,7 +291,8 @@ def test_two_at_once_and_ctrl_c(start, tmp_path, script):
     other.process.join()
     os.kill(running.process.pid, signal.SIGINT)
     assert "another run is writing it; wait for it, or choose" in other.end(2)[1]
-    assert running.end(130)[1] == f"{script}: interrupted; the same command goes on from the last saved epoch\n"
+    assert running.end(130)[1] == f"{script}: interrupted; the same command goes on from what is saved (epochs, " \
+        "encoded photos in the cache)\n"
     assert in_training(tmp_path)
 
 

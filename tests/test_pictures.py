@@ -1,5 +1,7 @@
 """pictures.py, read back from the pixels of what it writes."""
+import html
 import json
+import re
 import shutil
 import subprocess
 
@@ -65,39 +67,62 @@ def test_labels_of_any_script(tmp_path):
 
 @pytest.fixture
 def page(tmp_path):
-    """Of two photos of nine; one is gone, the name of the other is markup."""
-    photo = tmp_path / "<b>" / "a.jpg"
-    photo.parent.mkdir()
-    BLACK.save(photo)
-    lines = [json.dumps({"photo": str(photo), "probabilities": {"sun": 0.9, "</script>": 0.6}}),
-             '{"photo": "gone.jpg", "probabilities": {"sun": 0.7}}']
-    return pictures.page(tmp_path / "page.html", lines, 9, {"sun": 0.5, "</script>": 0.55})
+    """Of three photos of nine; the name of the first is markup, the last has no thumbnail and no tag."""
+    lines = [json.dumps({"photo": str(tmp_path / "<b>/a.jpg"), "probabilities": {"sun": 0.7, "</script>": 0.6}}),
+             '{"photo": "b.jpg", "probabilities": {"sun": 0.9, "</script>": 0.1}}',
+             '{"photo": "gone.jpg", "probabilities": {"</script>": 0.3, "sun": 0.2}}']
+    thumbnail = pictures.as_jpeg(BLACK)
+    return pictures.page(tmp_path / "page.html", lines, [thumbnail, thumbnail, b""], 9, {"sun": 0.5, "</script>": 0.55})
 
 
 def test_page_holds_names_that_cannot_be_markup(page):
     text = page.read_text()
     assert "http" not in text and "<b>" not in text
     assert text.count("</script>") == 1
-    assert '[["sun", 0.9], ["\\u003c/script>", 0.6]]' in text
-    assert text.count('base64,"') == 1  # the photo that is gone
+    assert '[["sun", 0.7], ["\\u003c/script>", 0.6]]' in text
+    assert text.count('base64,"') == 1  # the photo without a thumbnail
+
+
+def test_a_page_holds_the_likeliest_photos_of_each_label(monkeypatch):
+    """Of many: of two labels the likeliest, 4 and 2, and of no label 0; then, of equal rank, the likelier 3."""
+    probabilities = np.array([[0.1, 0.1], [0.5, 0.3], [0.4, 0.9], [0.8, 0.4], [0.9, 0.2]])
+    assert pictures.for_page(probabilities).tolist() == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(pictures, "PAGE", 4)
+    assert pictures.for_page(probabilities).tolist() == [0, 2, 3, 4]
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_page_in_a_browser(page):
-    """A click on a label leaves its photos, and its threshold can be set; the slider moves all; names are text."""
+    """The photos of a chosen label, the likeliest first; of two labels those that have both; of none. The threshold of
+    a label can be set, the slider moves all; names are text; a button keeps the focus. A phone has two columns."""
     page.write_text(page.read_text() + """<script>
-        const seen = () => photos.filter(photo => photo.figure.offsetHeight > 0).map(photo => photo.tags.textContent);
+        const all = what => [...document.querySelectorAll(what)];
+        const seen = () => all("figure").map(figure => figure.innerText.replace(/\\s+/g, " "));
         const put = (id, value) => { element(id).value = value; element(id).oninput(); };
+        const button = text => all("button").find(one => one.textContent.startsWith(text));
         const found = [seen(), element("count").textContent];
-        [...document.querySelectorAll("button")].find(button => button.textContent.startsWith("<")).click();
-        found.push(seen(), element("threshold").value);
+        button("sun").click();
+        found.push(seen());
+        const other = button("<");
+        other.focus();
+        other.click();
+        found.push(seen(), document.activeElement === other);
+        button("sun").click();
         put("threshold", 0.65);
         found.push(seen(), document.querySelectorAll("main b").length);
         put("shift", -1);
         found.push(seen(), element("threshold").value);
+        button("no tag").click();
+        found.push(seen());
+        document.body.style.width = "360px";
+        found.push(getComputedStyle(element("photos")).gridTemplateColumns.split(" ").length);
         document.title = JSON.stringify(found)</script>""")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", page.as_uri()]
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,800", "--dump-dom",
+             page.as_uri()]
     dom = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=300).stdout
-    both = "sun 90 %, &lt;/script&gt; 60 %"
-    assert f'<title>[["{both}","sun 70 %"],"2 of 2 photos (the first 2 of 9)",["{both}"],"0.55",[],0,' \
-        f'["{both}"],"0.48"]</title>' in dom
+    a = "sun 70 %, </script> 60 % a.jpg"
+    b = "sun 90 % b.jpg"
+    none = "no tag gone.jpg"
+    found = json.loads(html.unescape(re.search("<title>(.*)</title>", dom)[1]))
+    assert found == [[a, b, none], "3 of 3 photos (the likeliest of each label, of 9 photos)", [b, a], [a], True, [], 0,
+                     [a], "0.48", [none], 2]

@@ -139,7 +139,8 @@ def test_tag(run_all, tmp_path):
     (tmp_path / "empty").mkdir()
     nobody = "--llm=http://127.0.0.1:9/v1"
     assert "no photo in this folder" in run_all("tag", "words.txt", "empty", nobody, expect=2).stderr
-    assert "needs a label file" in run_all("tag", "no.txt", ".", nobody, expect=2).stderr
+    assert "label file no.txt: no such file" in run_all("tag", "no.txt", ".", nobody, expect=2).stderr
+    assert "photos nosuch/: no such file or folder" in run_all("tag", "words.txt", "nosuch/", expect=2).stderr
     assert "no command 'x'" in run_all("x", expect=2).stderr
     photos = REPOSITORY / "assets/tables"
     options = "--backbone scenes --top-k 1 --epochs 1 --count 60 --quiet --output found"

@@ -1,8 +1,15 @@
 """tag.py and explain.py: what they write, what is cached, what is never replaced; tag.load."""
+import base64
+import csv
 import json
+import re
+import shutil
+import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 from unittest import mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,8 +18,12 @@ from PIL import Image
 
 import embed
 import metrics
+import run
 import scenes
 import tag
+
+EXIFTOOL = shutil.which("exiftool")
+RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 
 
 def tagged(checkpoint, photos, *words):
@@ -50,7 +61,7 @@ def test_lines(start, trained, place, tmp_path, script):
         assert line["labels"] == other["labels"] == [name for name in likely if likely[name] > 0.4]
         assert other["probabilities"] == pytest.approx(likely, abs=1e-4)
         assert top["labels"] == list(top["probabilities"]) == list(likely)[:2]
-        assert f'"probabilities": {json.dumps(list(top["probabilities"].items()))}' in page
+        assert f'"probabilities": {json.dumps(list(map(list, top["probabilities"].items())))}' in page
 
 
 def test_a_line_is_there_before_the_next_photo(trained, place, monkeypatch):
@@ -86,6 +97,70 @@ def test_good_tags_are_replaced_at_the_end_only(start, trained, place, tmp_path)
     start(*words, place / "photos", full_at=1000).end(2)
     assert "no photo could be read" in start(*words, place / "photos/torn.jpg").end(2)[1]
     assert before.items() <= content_of(tmp_path).items()
+
+
+def test_table_and_sidecars(start, trained, place, tmp_path):
+    """tags.csv as a spreadsheet reads it; sidecars hold a photo's tags as exiftool, or any reader of XML, reads them,
+    and change with them. Those of other programs, under both usual names, are left as they are and named."""
+    photos = tmp_path / "photos"
+    shutil.copytree(place / "photos", photos, ignore=shutil.ignore_patterns("torn*"))
+    of_others = photos / "a.xmp"
+    of_others.write_text("<x:xmpmeta/>")
+    words = ("tag.py", trained[RP].checkpoint, photos, "--xmp --csv --output", tmp_path)
+    for more in ("--top-k 1", "--top-k 2"):
+        stdout, stderr = start(*words, more).end()
+    assert f"1 sidecars of other programs are left as they are (first: {of_others})" in stderr
+    assert "2 sidecars beside the photos" in stdout and of_others.read_text() == "<x:xmpmeta/>"
+    lines = read_lines(tmp_path / "tags.jsonl")
+    with (tmp_path / "tags.csv").open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        table = list(csv.DictReader(file))
+    for line, row in zip(lines, table, strict=True):
+        photo = Path(line["photo"])
+        assert row["photo"] == str(photo) and row["tags"] == "; ".join(line["labels"])
+        assert list(row) == ["photo", "tags", *scenes.NAMES]
+        assert [float(row[name]) for name in line["labels"]] == list(line["probabilities"].values())
+        sidecar = photo.with_name(photo.name + ".xmp")
+        if photo.name == "a.png":
+            assert not sidecar.exists()
+            continue
+        bags = ElementTree.parse(sidecar).getroot()[0][0]
+        assert [[item.text for item in bag.iter(f"{RDF}li")] for bag in bags] == 3 * [line["labels"]]
+        if EXIFTOOL:
+            read = subprocess.run([EXIFTOOL, "-j", "-XMP:all", sidecar], stdout=subprocess.PIPE, check=True).stdout
+            found = json.loads(read.decode(errors="replace"))[0]
+            assert found["Subject"] == found["TagsList"] == found["HierarchicalSubject"] == line["labels"]
+
+
+def test_ctrl_c_leaves_what_was_there(trained, place, tmp_path, monkeypatch, capsys):
+    """And says what is true."""
+    words = [str(trained[RP].checkpoint), str(place / "photos"), "--cpu", "--cache=", "--html", "--output",
+             str(tmp_path)]
+    tag.main(words)
+    before = content_of(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tag.py", *words, "--top-k", "1"])
+    monkeypatch.setattr(tag, "write_page", mock.Mock(side_effect=KeyboardInterrupt))  # while thumbnails are made
+    monkeypatch.setattr(sys, "stdout", mock.Mock())
+    with pytest.raises(SystemExit) as ended, run.exit_codes("tag.py") as arguments:
+        tag.main(arguments)
+    assert ended.value.code == 130
+    assert "tag.py: interrupted; the same command goes on from what is saved" in capsys.readouterr().err
+    assert content_of(tmp_path) == before
+
+
+@BOTH
+def test_thumbnails_are_of_the_decoding_done(trained, place, tmp_path, monkeypatch, script):
+    """No photo is decoded twice, and none a second time; scored without a page before, it is decoded for that."""
+    monkeypatch.setattr(embed, "_decode", mock.Mock(wraps=embed._decode))
+    monkeypatch.chdir(tmp_path)
+    photos = place / "photos/a.png"
+    tagged(trained[script].checkpoint, photos, "--html")
+    tagged(trained[script].checkpoint, photos, "--html", "--threshold", 0.1)
+    assert embed._decode.call_count == 1
+    thumbnail = re.search("base64,(.*?)\"", Path("tags/tags.html").read_text())[1]
+    assert Image.open(BytesIO(base64.b64decode(thumbnail))).size == tag.load(trained[script].checkpoint).clip.image_size
+    tagged(trained[script].checkpoint, place / "photos/ü, 1.jpg")
+    tagged(trained[script].checkpoint, place / "photos/ü, 1.jpg", "--html")
+    assert embed._decode.call_count == 3
 
 
 @BOTH
