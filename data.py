@@ -96,13 +96,17 @@ def read_json(path, what):
 
 
 def write_atomically(path, content):
-    """Write str or bytes so that the path holds the old content or the new, never a part. Raises UsageError."""
+    """Write str or bytes so that the path holds the old content or the new, never a part. A str may hold names of
+    files, which are bytes. -> Path. Raises UsageError."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            content = content.encode("utf-8", "surrogateescape")
+        partial.write_bytes(content)
         os.replace(partial, path)
+        return path
     except OSError as error:
         if partial.is_file():
             partial.unlink()
@@ -110,9 +114,9 @@ def write_atomically(path, content):
 
 
 def write_json(path, value):
-    """Strict JSON: nan and infinity become null, a Path its text. Raises UsageError if it cannot be written."""
+    """Strict JSON: nan and infinity become null, a Path its text. -> Path. Raises UsageError where it cannot write."""
     strict = json.loads(json.dumps(value, default=os.fspath), parse_constant=lambda _: None)
-    write_atomically(path, json.dumps(strict, indent=1) + "\n")
+    return write_atomically(path, json.dumps(strict, indent=1) + "\n")
 
 
 LOCK_SECONDS = float(os.environ.get("LOCK_SECONDS", 8))  # decoding workers of a killed run hold a lock for up to five

@@ -38,8 +38,7 @@ def _new_sheet(columns, rows, width, height):
 def _write(sheet, path):
     stream = BytesIO()
     sheet.save(stream, "PNG")
-    data.write_atomically(path, stream.getvalue())
-    return Path(path)
+    return data.write_atomically(path, stream.getvalue())
 
 
 def _write_text(sheet, x, y, text, fill="#e6e6e6", size=15):
@@ -120,8 +119,7 @@ def page(path, lines, thumbnails, total, thresholds, top_k=None):
     content = json.dumps({"photos": photos, "total": total, "thresholds": thresholds, "top_k": top_k})
     template = data.read_text(data.ASSETS / "page.html", "template")
     html = template.replace("/*DATA*/", content.replace("<", "\\u003c"))  # so no name ends the script
-    data.write_atomically(path, html)
-    return Path(path)
+    return data.write_atomically(path, html)
 
 
 def as_jpeg(image):

@@ -115,10 +115,11 @@ def parse(argv):
     options.threshold = read_threshold(options.threshold)
     if options.threshold == "auto" and options.stdout:
         raise UsageError("--threshold auto looks at all photos before the first line, --stdout does not; give a number")
-    if options.stdout and (options.html or options.csv or options.xmp):
-        raise UsageError("--stdout writes no files; leave it out, or --html, --csv and --xmp")
-    if options.stdout and sys.stdout.isatty():
-        options.quiet = True  # lines and a bar would share the terminal
+    if options.stdout:
+        if options.html or options.csv or options.xmp:
+            raise UsageError("--stdout writes no files; leave it out, or --html, --csv and --xmp")
+        if sys.stdout.isatty():
+            options.quiet = True  # lines and a bar would share the terminal
     return options
 
 
@@ -244,22 +245,16 @@ def write_files(model, photos, thresholds, options):
         written.append(write_page(folder / "tags.html", model, photos, lines, rows, by_label, options))
     sheet = folder / "contact_sheet.png"
     written.append(pictures.contact_sheet(photos, model.labels, probabilities, tags, sheet))
-    written.append(write_names(folder / "tags.jsonl", "".join(lines)))
-    written.append(folder / "thresholds.json")
-    data.write_json(written[-1], by_label)
+    written.append(data.write_atomically(folder / "tags.jsonl", "".join(lines)))
+    written.append(data.write_json(folder / "thresholds.json", by_label))
     if options.csv:
-        written.append(write_names(folder / "tags.csv", table_of(photos, names, model.labels, probabilities)))
+        table = table_of(photos, names, model.labels, probabilities)
+        written.append(data.write_atomically(folder / "tags.csv", table))
     if options.xmp:
         written.append(write_sidecars(photos, names))
     lock.release()
     report(model.labels, probabilities, tags, thresholds)
     print("\nin " + ", ".join(map(str, written)))
-
-
-def write_names(path, text):
-    """A text with names of files, which are bytes. -> its path"""
-    data.write_atomically(path, text.encode("utf-8", "surrogateescape"))
-    return path
 
 
 def table_of(photos, names, labels, probabilities):
@@ -277,7 +272,7 @@ def write_page(path, model, photos, lines, rows, thresholds, options):
     """rows: of the photos that it shows. -> its path"""
     shown = [photos[row] for row in rows]
     found = embed.encode_photos(model.clip, shown, *thumbnails_of(model.clip), options.cache, options.workers,
-                                options.quiet)
+                                options.quiet, share=False)
     thumbnails = [bytes(thumbnail["jpeg"].numpy()) if thumbnail else b"" for _, thumbnail in found]
     return pictures.page(path, [lines[row] for row in rows], thumbnails, len(photos), thresholds, options.top_k)
 

@@ -15,11 +15,11 @@ import pytest
 from conftest import REPOSITORY
 
 TOKENS = {  # of each file, and of all tests together; the whole stays within the sum, wherever code is moved to
-    "adapter_rp.py": 4803, "baselines.py": 485, "data.py": 3648, "datasets.py": 4310, "embed.py": 3492,
+    "adapter_rp.py": 4803, "baselines.py": 485, "data.py": 3656, "datasets.py": 4310, "embed.py": 3492,
     "experiments/baselines.py": 643, "experiments/benchmark.py": 3544, "experiments/localize.py": 2359,
     "experiments/tables.py": 4350, "experiments/text_quality.py": 1485, "experiments/thresholds.py": 826,
     "experiments/train_scenes_clip.py": 1066, "explain.py": 899, "llm_text.py": 4714, "metrics.py": 1596,
-    "pictures.py": 1595, "run.py": 4566, "scenes.py": 4424, "sspa.py": 9200, "tag.py": 2464, "walk.py": 527,
+    "pictures.py": 1587, "run.py": 4566, "scenes.py": 4424, "sspa.py": 9200, "tag.py": 2440, "walk.py": 527,
     "tests/*.py": 35668,
 }
 READ = ("sspa.py", "adapter_rp.py", "explain.py")  # beside the papers; other files may have a fifth more of each

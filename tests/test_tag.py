@@ -45,7 +45,7 @@ def test_lines(start, trained, place, tmp_path, script):
     words = ("tag.py", trained[script].checkpoint, place / "photos")
     stdout, stderr = start(*words, "--stdout --threshold 0.4").end()
     assert stderr.count("torn.jpg: cannot be read (") == 1 and "the scenes toy here" in stderr
-    start_two(start, *words, "--threshold 0.4 --cache", tmp_path / "cache", "--output", tmp_path)
+    start_two(start, *words, "--threshold 0.4 --html --cache", tmp_path / "cache", "--output", tmp_path)
     of_two = read_lines(tmp_path / "tags.jsonl")
     assert min(Image.open(tmp_path / "contact_sheet.png").size) > 200
     summary, _ = start(*words, "--top-k 2 --html --output", tmp_path).end()
