@@ -177,7 +177,7 @@ def clean_name(name, source):
     """A label as prompts have it: "dining_table" is dining table; composed characters; nothing that cannot be seen."""
     if "_" in name:
         say_once(f"{source}: an underscore in a label is read as a space")
-    return unicodedata.normalize("NFC", INVISIBLE.sub("", name)).replace("_", " ").strip()
+    return re.sub(r"[_\r\n]+", " ", unicodedata.normalize("NFC", INVISIBLE.sub("", name))).strip()
 
 
 def check_names(names, source):
@@ -605,7 +605,7 @@ def read_table(path, dataset=None, spelt=list):
             headings = headings[1:]  # pandas has counted the rows
             rows = [row[1:] for row in rows]
         first, *titles = headings
-        titles = spelt(titles)
+        titles = spelt([re.sub("(?i)^split$", "split", title) for title in titles])
         files = [row[0] for row in rows]
         rows = [dict(zip(titles, row[1:], strict=False)) for row in rows]
         splits = [row.get("split", "") for row in rows]

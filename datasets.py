@@ -431,6 +431,7 @@ def folder_rows(photo):
 FORMS = (  # what reads the rows (file, {label: 1 or -1}) of a label file, and where such files are
     (None, "labels.csv"),
     (None, "labels.json"),
+    (None, "metadata.csv"),
     (jsonl_rows, "metadata.jsonl", "*/metadata.jsonl"),
     (coco_rows, "annotations.json", "_annotations.coco.json", "*/annotations.json", "*/_annotations.coco.json",
      "annotations/instances_*.json"),

@@ -196,7 +196,10 @@ def test_published_tree_to_labels(tmp_path, tree):
 @pytest.mark.parametrize("dataset, path, content, reason", [
     ("voc2007", "VOC2007/Annotations/1.xml", f"<a>{OBJECT.format('cow', 0)}</a>", "annotation .*1.xml"),
     ("voc2007", "VOC2007/ImageSets/Main/trainval.txt", "3\n", "annotation .*3.xml: no such file.*; expected"),
-    ("voc2007", "VOC2007/Annotations/1.xml", f"<a>{SIZE}{OBJECT.format('zebra', 0)}</a>", "label files .*'zebra'"),
+    ("voc2007", "VOC2007/Annotations/1.xml", f"<a>{SIZE}{OBJECT.format('zebra', 0)}</a>",
+     "label files of .* have 'zebra', no label of voc2007; give labels of your own by --dataset folder --data-root /"),
+    ("coco2014", "coco2014/annotations/instances_train2014.json", COCO.replace("person", "unicorn"),
+     "label files of .* have 'unicorn', no label of coco2014; "),
     ("coco2014", "coco2014/annotations/instances_train2014.json", '{"images": []}', "annotations .*give COCO's"),
     ("nuswide", "nuswide/TrainTestLabels/Labels_zebra_Train.txt", "1\n", "zebra: 1 labels for 3 listed photos"),
     ("peta", "peta/PETA.mat", "torn", "labels .*PETA.mat: .*fetch it again"),
@@ -293,25 +296,25 @@ def test_check_of_your_own_folder(tmp_path, capsys):
 
 
 def test_report_names_labels_without_a_positive(capsys):
-    """mAP leaves them out; CF1 and macro F1 do not: here each is half of what dog has."""
-    truth = np.array([[1, 0, -1], [0, 0, -1]])
-    scores = torch.tensor([[0.9, 0.1, 0.1], [0.1, 0.1, 0.1]])
+    """mAP leaves them out; in CF1 and macro F1, which are 1 for dog alone, they are 0."""
+    truth = np.array([[1, 0], [0, 0]])
+    scores = torch.tensor([[0.9, 0.1], [0.1, 0.1]])
     measured = run.measure(scores, scores, None, truth)
     labels = [{"name": name, "positives": n, "trained": True} for name, n in (("dog", 1), ("zebra", 0))]
-    record = {"runs": [measured], "seeds": [0], "photo_count": 2, "dataset": "folder", "label_count": 2, "backbone": "b",
-              "mAP": measured["mAP"], "mAP_std": 0, "zero_shot_mAP": 1, "linear_probe_mAP": None, "per_class": labels}
+    record = {"runs": [measured], "seeds": [0], "photo_count": 0, "label_count": 2, "backbone": "b", "mAP": 100,
+              "zero_shot_mAP": 1, "linear_probe_mAP": None, "per_class": labels}
     run.report(record, "RP", "texts")
     assert (measured["mAP"], measured["threshold_0.5"]["macro F1"], measured["threshold_0.5"]["CF1"]) == (100, 50, 50)
     assert "no test photo shows: zebra (left out of mAP, 0 in CF1 and macro F1)\n" in capsys.readouterr().out
 
 
 VOC = f"<a>{SIZE}{OBJECT}</a>"
-THING = {"categories": [{"id": 0, "name": "things"}, {"id": 1, "name": "fire_truck"}, {"id": 2, "name": "cat"}]}
+CATEGORIES = [{"id": 0, "name": "things"}, {"id": 1, "name": "fire_truck"}, {"id": 2, "name": "cat"}]
 
 
 def coco(*images):
-    """Two images ids and a box each: (file, category) """
-    content = {"images": [], "annotations": [], **THING}
+    """COCO's instances of images (file, category of its box, 0 for none)"""
+    content = {"images": [], "annotations": [], "categories": CATEGORIES}
     for number, (file, category) in enumerate(images):
         content["images"].append({"id": number, "file_name": file, "width": 9, "height": 9})
         if category:
@@ -353,8 +356,8 @@ FORMS = {
          "annotations/instances_val2014.json": coco(("b.png", 2))},
         "train2014/a.png val2014/b.png",
         {"train": "train2014/a.png: fire truck", "test": "val2014/b.png: cat"}),
-    "xml": ({"train/a.xml": VOC.format("fire_truck", 0), "test/b.c.xml": VOC.format("cat", 1)}, "train/a.png test/b.c.png",
-            {"train": "train/a.png: fire truck", "test": "test/b.c.png: -cat"}),
+    "xml": ({"train/a.xml": VOC.format("fire_truck", 0), "test/b.c.xml": VOC.format("cat", 1)},
+            "train/a.png test/b.c.png", {"train": "train/a.png: fire truck", "test": "test/b.c.png: -cat"}),
     "voc": (
         {"Annotations/1.xml": VOC.format("zebra", 0), "Annotations/2.xml": VOC.format("cat", 0),
          "Annotations/3.xml": VOC.format("cat", 0), "ImageSets/Main/train.txt": "1\n", "ImageSets/Main/val.txt": "2\n",
@@ -386,6 +389,35 @@ def test_forms_of_your_own_folder(tmp_path, form):
         write(tmp_path / path, "other labels")
         known.add(data.identity("folder", tmp_path))
     assert len(known) == 1 + max(len(files), 1)
+
+
+@pytest.mark.parametrize("form", ["xml", "roboflow"])
+def test_boxes_of_your_own_photos(tmp_path, form):
+    photos(tmp_path, "train/a.png")
+    for path, content in FORMS[form][0].items():
+        write(tmp_path / path, content)
+    boxes, _ = datasets.boxes_of(tmp_path / "train/a.png", ["cat", "fire truck"])
+    assert boxes[:, 0].tolist() == [1]
+
+
+@pytest.mark.parametrize("content, said", [
+    ("f,tags\na.png,dog cat\nb.png,dog\n", "{root}/labels.csv: labels are cut at spaces; write a ';' after each if "),
+    ("f,fire_truck,a_b\na.png,1,0\n", "{root}/labels.csv: an underscore in a label is read as a space\n"),
+    ("f,tags,split\na.png,dog,train\nb.png,dog,VALID\nc.png,dog,test\n", "{root}: validation photos join train\n"),
+    ("f,tags,\na.png,собака;кот;dog,\n", "{root}/labels.csv: label 'кот' (2 of 3 in another script): CLIP was ")])
+def test_what_is_said_once_of_your_own_folder(tmp_path, capsys, content, said):
+    photos(tmp_path, "a.png", "b.png", "c.png")
+    write(tmp_path / "labels.csv", content)
+    for _ in range(2):
+        load("folder", tmp_path, "train")
+    assert capsys.readouterr().err.count(said.format(root=tmp_path)) == 1
+
+
+def test_a_name_that_fits_two_photos(tmp_path):
+    photos(tmp_path, "a.png", "images/a.jpg")
+    write(tmp_path / "labels.csv", "f,dog\na,1\n")
+    with pytest.raises(UsageError, match="'a' may be .*a.* or .*a.*; write down the whole name"):
+        load("folder", tmp_path, "train")
 
 
 def test_tenth_set(tmp_path, monkeypatch, capsys):
