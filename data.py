@@ -500,12 +500,12 @@ def identity(dataset, root):
         return ""
     import datasets
     root = Path(root)
-    told = hashlib.blake2b(digest_size=8)
+    content = []
     for path in datasets.label_files(root)[1]:
-        told.update(os.fsencode(path.relative_to(root)))
+        content.append(str(path.relative_to(root)))
         if path.suffix.lower() not in PHOTO_SUFFIXES:  # of photos only the folder's name counts
-            told.update(path.read_bytes())
-    return told.hexdigest()
+            content.append(digest(path))
+    return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 # --- tables of labels, ready-made embeddings --------------------------------------------------------------------------
@@ -614,10 +614,9 @@ def read_table(path, dataset=None, spelt=list):
             raise ValueError("the first line must name the columns, a label each")
         if dataset is None and len(titles) == 1:
             cells = [row[titles[0]] for row in rows]
-            filled = list(filter(None, cells))
-            if filled and not any(map(MARK.fullmatch, filled)):
+            if any(cells) and not any(map(MARK.fullmatch, cells)):
                 return table_of(list(zip(files, labels_in(cells, path), splits, strict=True)), path)
-        own_names(titles, path)
+        own_names(titles, path)  # none stands twice
         names = list(LABEL_WORDS.get(dataset, titles))
         odd = sorted(set(names) ^ set(titles))
         if odd:

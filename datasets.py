@@ -470,12 +470,15 @@ def own_table(base):
     for path in files:
         place = path.parent.relative_to(base)
         rows += [(str(place / file), marks, "") for file, marks in rows_of(path)]
-    lists = {path.stem: read_text(path, "image list").split() for path in files if path.suffix == ".txt"}
+    lists = {path.stem: path for path in files if path.suffix == ".txt" and part_of(path.stem)}
     if "val" in lists:
         lists.pop("trainval", None)
-    parts = list(filter(part_of, lists))
-    if parts:
-        rows = [(file, marks, part) for part in parts for file, marks, _ in rows if Path(file).name in lists[part]]
+    listed = []
+    for part, path in lists.items():
+        photos = set(read_text(path, "image list").split())
+        listed += [(file, marks, part) for file, marks, _ in rows if Path(file).name in photos]
+    if lists:
+        rows = listed
     return table_of(rows, base)
 
 
@@ -513,9 +516,9 @@ def folder(root, split, split_seed=0):
     if not any(words):
         words = [key_of(normpath(file)).split("/")[0] for file in table.files]
     parts = list(map(part_of, words))
-    if None in parts and any(table.splits):
-        raise UsageError(f"{base}: the column split must say train or test, not '{words[parts.index(None)]}'")
     if None in parts:
+        if any(table.splits):
+            raise UsageError(f"{base}: the column split must say train or test, not '{words[parts.index(None)]}'")
         parts = [None] * len(parts)
     if "val" in parts:
         joined = "train" if "test" in parts else "test"
