@@ -519,8 +519,7 @@ def folder(root, split, split_seed=0):
     if None in parts:
         if any(table.splits):
             raise UsageError(f"{base}: the column split must say train or test, not '{words[parts.index(None)]}'")
-        parts = [None] * len(parts)
-    if "val" in parts:
+    elif "val" in parts:
         joined = "train" if "test" in parts else "test"
         say_once(f"{base}: validation photos join {joined}")
         parts = [joined if part == "val" else part for part in parts]

@@ -326,7 +326,7 @@ def coco(*images):
 FORMS = {
     # pandas' index, words for marks, an empty cell; a photo under images/, one without suffix, one that stands twice
     "labels.csv": (
-        {"labels.csv": "\ufeff,file,dog,fire_truck,split\n0,a,TRUE,no,train\n1,Cafe\u0301.JPG,Yes,,valid\n"
+        {"labels.csv": "\ufeff,file,dog,\"fire\r\ntruck\",Split\n0,a,TRUE,no,train\n1,Cafe\u0301.JPG,Yes,,valid\n"
                        "2,sub\\c.png,1.0,false,test\n3,./a,1,0,Train\n"},
         "images/a.png Caf\u00e9.jpg sub/c.png",
         {"train": "images/a.png: dog; Caf\u00e9.jpg: dog", "test": "sub/c.png: dog"}),
@@ -339,6 +339,8 @@ FORMS = {
                {"train": "train/a.png: cat, dog", "test": "test/b.png: dog"}),
     "spaces": ({"labels.csv": "file,tags,split\na.png,dog  cat,training\nb.png,dog,val\n"}, "a.png b.png",
                {"train": "a.png: cat, dog", "test": "b.png: dog"}),
+    "json": ({"labels.json": '{"a.png": ["caf\u00e9"], "b.png": ["cafe\u0301"]}'}, "a.png b.png",
+             {"train": "a.png: caf\u00e9; b.png: caf\u00e9"}),
     "jsonl": (
         {"train/metadata.jsonl": '{"file_name": "a.png", "labels": ["dog", "cat\u200b"]}\n',
          "test/metadata.jsonl": '{"file_name": "b.png", "label": "cat"}\n'},
@@ -411,6 +413,13 @@ def test_what_is_said_once_of_your_own_folder(tmp_path, capsys, content, said):
     for _ in range(2):
         load("folder", tmp_path, "train")
     assert capsys.readouterr().err.count(said.format(root=tmp_path)) == 1
+
+
+@pytest.mark.parametrize("there", ["a.png dog/b.png cat/c.png", "train/a.png test/b.png", "images/a.png images/b.png"])
+def test_folders_that_are_no_labels(tmp_path, there):
+    photos(tmp_path, *there.split())
+    with pytest.raises(UsageError, match="^folder: no labels.csv or labels.json under .*; expected .*metadata.jsonl"):
+        load("folder", tmp_path, "train")
 
 
 def test_a_name_that_fits_two_photos(tmp_path):
