@@ -116,7 +116,7 @@ def boxes_of(photo, names):
             found, size = voc_things(path)
         else:
             found, size = coco_boxes(path).get(photo.name, ([], (1, 1)))
-    found = [(clean_name(label, photo.parent), *place) for label, *place in found]
+        found = [(clean_name(label, photo.parent), *place) for label, *place in found]
     rows = [(names.index(label), *place) for label, *place in found if label in names]
     return np.array(rows, float).reshape(-1, 6), size
 
