@@ -515,6 +515,8 @@ def folder(root, split, split_seed=0):
     words = table.splits
     if not any(words):
         words = [key_of(normpath(file)).split("/")[0] for file in table.files]
+        if len(set(words)) == 1:
+            words = table.splits  # one folder is no split
     parts = list(map(part_of, words))
     if None in parts:
         if any(table.splits):

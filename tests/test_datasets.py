@@ -341,6 +341,8 @@ FORMS = {
                {"train": "a.png: cat, dog", "test": "b.png: dog"}),
     "json": ({"labels.json": '{"a.png": ["caf\u00e9"], "b.png": ["cafe\u0301"]}'}, "a.png b.png",
              {"train": "a.png: caf\u00e9; b.png: caf\u00e9"}),
+    "one folder": ({"labels.json": '{"train/a.png": ["dog"], "train/b.png": [], "train/c.png": []}'},
+                   "train/a.png train/b.png train/c.png", {"test": "train/b.png: "}),
     "jsonl": (
         {"train/metadata.jsonl": '{"file_name": "a.png", "labels": ["dog", "cat\u200b"]}\n',
          "test/metadata.jsonl": '{"file_name": "b.png", "label": "cat"}\n'},
