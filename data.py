@@ -6,6 +6,7 @@ one line that names the file or option and says what to do. The scripts print it
 import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import unicodedata
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from os.path import isdir, isfile
 from pathlib import Path
@@ -49,6 +51,9 @@ class MissingFile(UsageError):
 def say(message):
     """One line for the person at the terminal. Stderr, so that stdout holds results only."""
     tqdm.write(message, sys.stderr)  # on a line of its own, also where a bar is drawn
+
+
+say_once = lru_cache(say)  # the same line is not said again
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -155,7 +160,11 @@ LABEL_WORDS = read_json(ASSETS / "labels/names.json", "label names")
 DATASETS = ("scenes", *LABEL_WORDS, "folder")
 
 
-INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff]")  # soft hyphen, zero width space, word joiner, byte order mark
+# Unicode's format characters, but the two joiners that scripts need (200c, 200d) and those that check_names refuses
+INVISIBLE = re.compile("[\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b\u200e\u200f\u2060-\u2064"
+                       "\u206a-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3"
+                       "\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]")
+OTHER_SCRIPT = re.compile(r"[^\W\d_\0-\u02ff\u1d00-\u1eff]")  # letters that are not Latin
 
 
 def fold(text):
@@ -169,8 +178,17 @@ def plain(phrase):
     return re.sub(r"[\s-]+", " ", fold(phrase)).strip()
 
 
+def clean_name(name, source):
+    """A label as prompts have it: "dining_table" is dining table; composed characters; nothing that cannot be seen."""
+    if "_" in name:
+        say_once(f"{source}: an underscore in a label is read as a space")
+    return re.sub(r"[_\r\n]+", " ", unicodedata.normalize("NFC", INVISIBLE.sub("", name))).strip()
+
+
 def check_names(names, source):
-    """names: at least one, all different (case and hyphens aside), and all can be printed. Raises UsageError."""
+    """-> the names by clean_name: at least one, all different (case and hyphens aside), and all can be printed. Raises
+    UsageError."""
+    names = [clean_name(name, source) for name in names]
     entry_of = {}
     for entry, name in enumerate(names, 1):
         first = entry_of.setdefault(plain(name), entry)
@@ -185,14 +203,19 @@ def check_names(names, source):
     return names
 
 
+def own_names(names, source):
+    """check_names for labels of your own, which may be words that CLIP does not know"""
+    names = check_names(names, source)
+    foreign = [name for name in names if OTHER_SCRIPT.search(name)]
+    if foreign:
+        say_once(f"{source}: label '{foreign[0]}' ({len(foreign)} of {len(names)} in another script): CLIP was trained "
+                 "on English texts; English names work better")
+    return names
+
+
 def read_labels(path):
-    """A label file, one name a line, UTF-8, blank lines skipped; "dining_table" is dining table. -> list of str. Raises
-    UsageError."""
-    seen = INVISIBLE.sub("", "\n".join(lines_of(path, "label file")))
-    if "_" in seen:
-        say(f"{path}: an underscore in a label is read as a space")
-    lines = [line.strip() for line in seen.replace("_", " ").split("\n")]
-    names = check_names([line for line in lines if line], f"label file {path}")
+    """A label file, one name a line by clean_name, UTF-8, blank lines skipped. -> list of str. Raises UsageError."""
+    names = own_names([line for line in lines_of(path, "label file") if clean_name(line, path)], path)
     odd = [name for name in names if re.match("[#*-]|.*,", name)]
     if odd:
         say(f"{path}: '{odd[0]}' is taken as a label, word by word; one name a line, without marks and commas")
@@ -440,6 +463,12 @@ def drawn(total, count=None):
     return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
+def check_marks(labels, source):
+    """Raises UsageError for labels other than 1, 0 and -1: here, so that no loss has to look in every step."""
+    if not np.isin(labels, (-1, 0, 1)).all():
+        raise UsageError(f"{source} must hold 1 (present), 0 (absent) or -1 (ignored) only")
+
+
 @dataclass
 class LabelledPhotos:
     """`photos, labels = load_photos(...)` works too."""
@@ -448,6 +477,9 @@ class LabelledPhotos:
     policy: str         # how doubtful labels were treated, for the record
     doubts: list = field(default_factory=list)  # what looks wrong, a line each: load_photos says it, --check counts it
     names: list = field(default_factory=list)   # C readable names ("dining table")
+
+    def __post_init__(self):
+        check_marks(self.labels, "labels")
 
     def __iter__(self):
         return iter((self.photos, self.labels))
@@ -466,13 +498,19 @@ def load_photos(dataset, root, split, count=None, policy=()):
 
 
 def identity(dataset, root):
-    """What decides the content of a set that nobody published: drawing code and shipped CLIP, or labels file. -> str"""
-    paths = []
+    """What decides the content of a set that nobody published: drawing code and shipped CLIP, or labels. -> str"""
     if dataset == "scenes":
-        paths = [Path(scenes.__file__), scenes.CHECKPOINT]
-    elif dataset == "folder":
-        paths = [Path(root, name) for name in FOLDER_FILES]
-    return "".join(map(digest, filter(Path.is_file, paths)))
+        return digest(scenes.__file__) + digest(scenes.CHECKPOINT)
+    if dataset != "folder":
+        return ""
+    import datasets
+    root = Path(root)
+    content = []
+    for path in datasets.label_files(root)[1]:
+        content.append(str(path.relative_to(root)))
+        if path.suffix.lower() not in PHOTO_SUFFIXES:  # of photos only the folder's name counts
+            content.append(digest(path))
+    return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 # --- tables of labels, ready-made embeddings --------------------------------------------------------------------------
@@ -485,44 +523,115 @@ class Table:
     files: list         # N file names
     names: list         # C label names
     labels: np.ndarray  # int8 [N, C]
-    splits: list        # N words of the column "split"; empty without one
+    splits: list        # N words of the column "split", "" without one
+
+
+def table_of(rows, source):
+    """rows: (file, {label: 1, or -1}, word of its part or "") each; other labels are 0 -> Table, labels in the order of
+    the alphabet. Raises UsageError."""
+    files = [file for file, _, _ in rows]
+    marked = [{clean_name(name, source): mark for name, mark in marks.items()} for _, marks, _ in rows]
+    splits = [word for _, _, word in rows]
+    names = own_names(sorted(set().union(*marked)), source)
+    labels = [[marks.get(name, 0) for name in names] for marks in marked]
+    return Table(files, names, np.array(labels, np.int8).reshape(-1, len(names)), splits)
+
+
+def first_rows(photos, facts, source):
+    """The rows of a list without repetitions -> list of int. Raises UsageError for a photo with other facts there."""
+    row_of = {}
+    for row, photo in enumerate(photos):
+        first = row_of.setdefault(photo, row)
+        if facts[row] != facts[first]:
+            raise UsageError(f"{source}, row of {photo}: stands twice with other labels or in two parts; keep one")
+    return list(row_of.values())
+
+
+def read_rows(path):
+    """The cells of a table that are cut by comma, semicolon or tab, or as Excel's first line "sep=;" says -> rows that
+    are not blank, lists of str, at least as long as the first"""
+    text = read_text(path, "labels").lstrip("\r\n")
+    line, _, rest = text.partition("\n")
+    separator = max(",;\t", key=line.count)
+    declared = re.match('"?sep=(.)', line, re.IGNORECASE)
+    if declared:
+        text = rest
+        separator = declared[1]
+    lines = io.StringIO(text, newline="")  # a cell in quotes may hold a line break
+    rows = []
+    for row in csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True):
+        row = [cell.strip() for cell in row]
+        if not any(row):
+            continue
+        rows.append(row)
+        width = len(rows[0])
+        if len(row) > width == 2:  # a list of labels without quotes
+            row[1:] = [";".join(filter(None, row[1:]))]
+        if len(row) < width or any(row[width:]):
+            raise ValueError(f"row of {row[0]}: {len(row)} cells, the first line has {width}")
+    return rows
+
+
+MARK = re.compile(r"[-+.\d]+|yes|no|true|false", re.IGNORECASE)  # no label
+
+
+def mark_of(cell):
+    """1, 0 or -1. Raises ValueError or KeyError for another cell."""
+    words = {"": 0, "no": 0, "false": 0, "yes": 1, "true": 1}
+    return {1: 1, 0: 0, -1: -1}[float(words.get(cell.lower(), cell))]
+
+
+def labels_in(cells, source):
+    """Cells of labels, cut at ; | , and line breaks, or at spaces where no cell has one of these -> list of
+    {label: 1}"""
+    cut = "[;|,\n]"
+    if not re.search(cut, "".join(cells)):
+        cut = " "
+        if cut in "".join(cells):
+            say_once(f"{source}: labels are cut at spaces; write a ';' after each if a name has several words")
+    found = []
+    for cell in cells:
+        words = [word.strip("[]'\" \r") for word in re.split(cut, cell)]  # of a list as Python prints it
+        found.append(dict.fromkeys(filter(None, words), 1))
+    return found
 
 
 def read_table(path, dataset=None, spelt=list):
-    """File names and labels -> Table. A table with a header, cells cut by comma, semicolon or tab, file names first,
-    then a column a label of 1, 0 and -1, perhaps a column "split"; or .json, {file: [labels]}. dataset: its labels are
-    wanted, in its own order, and no others; spelt: headings -> the same, spelt as its labels. Raises UsageError."""
-    remedy = "cells are a file, then each label's 1, 0 or -1; JSON is {file: [labels]}"
+    """File names and labels -> Table. A table with a header, file names first, then a column a label of 1, 0 and -1, or
+    one column of labels, perhaps a column "split"; or .json, {file: [labels]}. dataset: its labels are wanted, in its
+    own order, and no others; spelt: headings -> the same, spelt as its labels. Raises UsageError."""
+    remedy = "cells are a file, then each label's 1, 0 or -1, or one cell of labels; JSON is {file: [labels]}"
     with reading(path, "labels", remedy) as path:
         if path.suffix == ".json":
-            marked = {file: list.copy(labels) for file, labels in read_json(path, "labels").items()}
-            names = check_names(sorted(set().union(*marked.values())), path)
-            return Table(list(marked), names, one_hot(marked.values(), names), [])
-        lines = [line for line in read_text(path, "labels").splitlines() if line.strip(",;\t ")]
-        separator = max(",;\t", key=lines[0].count)
-        rows = csv.DictReader(lines, restval="", delimiter=separator, skipinitialspace=True)
-        first, *titles = rows.fieldnames
-        titles = spelt(titles)
-        rows.fieldnames = [first, *titles]
+            pairs = json.loads(read_text(path, "labels"), object_pairs_hook=list)  # a file may stand twice
+            return table_of([(file, dict.fromkeys(list.copy(labels), 1), "") for file, labels in pairs], path)
+        headings, *rows = read_rows(path)
+        if headings[0] in ("", "Unnamed: 0") and all(row[0].isdecimal() for row in rows):
+            headings = headings[1:]  # pandas has counted the rows
+            rows = [row[1:] for row in rows]
+        first, *titles = headings
+        titles = spelt([re.sub("(?i)^split$", "split", title) for title in titles])
+        files = [row[0] for row in rows]
+        rows = [dict(zip(titles, row[1:], strict=False)) for row in rows]
+        splits = [row.get("split", "") for row in rows]
         titles = [title for title in titles if title not in ("", "split")]
-        if {"0", "1", "-1"} & set(titles):
+        if {"0", "1", "-1"} & set(titles) or first.lower().endswith(PHOTO_SUFFIXES):
             raise ValueError("the first line must name the columns, a label each")
-        check_names(titles, path)
+        if dataset is None and len(titles) == 1:
+            cells = [row[titles[0]] for row in rows]
+            if any(cells) and not any(map(MARK.fullmatch, cells)):
+                return table_of(list(zip(files, labels_in(cells, path), splits, strict=True)), path)
+        own_names(titles, path)  # none stands twice
         names = list(LABEL_WORDS.get(dataset, titles))
         odd = sorted(set(names) ^ set(titles))
         if odd:
             raise ValueError(f"the header has or lacks {', '.join(odd[:5])}")
-        rows = list(rows)
-        marks_of = {}
         labels = []
-        for row in rows:
-            with reading(f"{path}, row of {row[first]}", "labels", remedy):
-                marks = [{1: 1, 0: 0, -1: -1}[float(row[name])] for name in names]
-                if marks_of.setdefault(row[first], marks) != marks:
-                    raise ValueError("the file stands twice with other labels")
-            labels.append(marks)
-        splits = [row["split"] for row in rows if "split" in row]
-        return Table([row[first] for row in rows], names, np.array(labels, np.int8).reshape(-1, len(names)), splits)
+        for file, row in zip(files, rows, strict=True):
+            with reading(f"{path}, row of {file}", "labels", remedy):
+                labels.append([mark_of(row[name]) for name in names])
+        first_rows(files, labels, path)
+        return Table(files, own_names(names, path), np.array(labels, np.int8).reshape(-1, len(names)), splits)
 
 
 FEATURE_AXES = {"text_embeddings": "ND", "text_labels": "NC", "image_embeddings": "MD", "image_labels": "MC",
@@ -546,8 +655,7 @@ def load_features(path):
             if name == "label_names":
                 arrays[name] = check_names(array.astype(str).tolist(), f"features file {path}")
             elif name.endswith("_labels"):
-                if not np.isin(array, (-1, 0, 1)).all():
-                    raise ValueError(f"{name} must hold 1 (present), 0 (absent) or -1 (ignored) only")
+                check_marks(array, f"features file {path}: {name}")
                 arrays[name] = array.astype(np.int8)
             elif np.isfinite(array).all():
                 arrays[name] = array.astype(np.float32)

@@ -6,13 +6,14 @@ A reader(root, split, policies...) -> LabelledPhotos reads one dataset; split is
 else there is to know about it. A tenth set is one function and one entry there (docs/datasets.md).
 """
 import argparse
+import json
 import os
 import re
 import sys
 from functools import lru_cache
 from itertools import product, zip_longest
 from operator import itemgetter
-from os.path import exists, isfile
+from os.path import exists, isfile, normpath, splitext
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -28,7 +29,10 @@ from data import (
     LabelledPhotos,
     MissingFile,
     UsageError,
+    clean_name,
     drawn,
+    first_rows,
+    fold,
     label_names,
     lines_of,
     list_photos,
@@ -39,6 +43,8 @@ from data import (
     read_text,
     reading,
     say,
+    say_once,
+    table_of,
 )
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
@@ -46,7 +52,7 @@ from data import (
 def voc_things(path):
     """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height)), pixels; clear:
     not difficult. Raises UsageError."""
-    with reading(path, "annotation", "unpack it again"):
+    with reading(path, "annotation", "give VOC's XML"):
         root = ElementTree.parse(path)
         found = []
         for thing in root.iterfind("object"):
@@ -58,18 +64,25 @@ def voc_things(path):
         return found, (int(root.findtext("size/width")), int(root.findtext("size/height")))
 
 
-@lru_cache(1)
 def coco_things(path):
     """Instances of COCO's form -> {photo's file: as voc_things}; clear: no crowd. Raises UsageError."""
     with reading(path, "annotations", "give COCO's instances, with all photos and categories"):
         content = read_json(path, "annotations")
         names = {entry["id"]: entry["name"] for entry in content["categories"]}  # ours are spelt alike
-        things_of = {entry["id"]: ([], (entry["width"], entry["height"])) for entry in content["images"]}
+        found = {}
+        things_of = {}
+        for entry in content["images"]:  # one file may have two ids
+            file = normpath(entry["file_name"])
+            found.setdefault(file, ([], (entry["width"], entry["height"])))
+            things_of[entry["id"]], _ = found[file]
         for entry in content["annotations"]:
             left, top, width, height = entry["bbox"]
             thing = (names[entry["category_id"]], left, top, left + width, top + height, not entry.get("iscrowd"))
-            things_of[entry["image_id"]][0].append(thing)
-        return {entry["file_name"]: things_of[entry["id"]] for entry in content["images"]}
+            things_of[entry["image_id"]].append(thing)
+        return found
+
+
+coco_boxes = lru_cache(1)(coco_things)
 
 
 def scene_of(photo):
@@ -94,14 +107,16 @@ def boxes_of(photo, names):
         size = (scenes.SIZE, scenes.SIZE)
     else:
         root = photo.parent.parent
-        voc = root / f"Annotations/{photo.stem}.xml"
-        coco = root / f"annotations/instances_{photo.parent.name}.json"
-        if voc.is_file():
-            found, size = voc_things(voc)
-        elif coco.is_file():
-            found, size = coco_things(coco).get(photo.name, ([], (1, 1)))
-        else:
+        places = (root / f"Annotations/{photo.stem}.xml", photo.with_suffix(".xml"),
+                  root / f"annotations/instances_{photo.parent.name}.json", photo.with_name("_annotations.coco.json"))
+        path = next(filter(Path.is_file, places), None)
+        if path is None:
             return None
+        if path.suffix == ".xml":
+            found, size = voc_things(path)
+        else:
+            found, size = coco_boxes(path).get(photo.name, ([], (1, 1)))
+        found = [(clean_name(label, photo.parent), *place) for label, *place in found]
     rows = [(names.index(label), *place) for label, *place in found if label in names]
     return np.array(rows, float).reshape(-1, 6), size
 
@@ -177,6 +192,14 @@ def pick_attributes(values, spelt, dataset):
     return (values[:, columns] == 1).astype(np.int8)
 
 
+def check_classes(dataset, root, found):
+    """Raises UsageError for names of classes that are not the dataset's."""
+    odd = sorted(set(found).difference(label_names(dataset)))
+    if odd:
+        raise UsageError(f"label files of {root} have '{', '.join(odd):.200}', no label of {dataset}; give labels of "
+                         f"your own by --dataset folder --data-root {root}")
+
+
 # --- the readers ------------------------------------------------------------------------------------------------------
 
 def voc2007(root, split, difficult="ignore"):
@@ -190,6 +213,7 @@ def voc2007(root, split, difficult="ignore"):
     labels = np.zeros((len(ids), len(names)), np.int8)
     for row, photo in enumerate(ids):
         things, _ = voc_things(base / f"Annotations/{photo}.xml")
+        check_classes("voc2007", base, [name for name, *_ in things])
         for name, *_, clear in sorted(things, key=itemgetter(-1)):  # the clear ones last, so that they count
             labels[row, names.index(name)] = 1 if clear else doubtful
     return LabelledPhotos([base / f"JPEGImages/{photo}.jpg" for photo in ids], labels, f"difficult={difficult}")
@@ -204,8 +228,9 @@ def coco2014(root, split, unlabelled="keep"):
     part = path.stem.removeprefix("instances_")  # the photos' folder
     names = label_names("coco2014")
     things_of = coco_things(path)
-    columns = [{names.index(name) for name, *_ in things} for things, _ in things_of.values()]
-    labels = one_hot(columns, range(len(names)))
+    marked = [{name for name, *_ in things} for things, _ in things_of.values()]
+    check_classes("coco2014", base, set().union(*marked))
+    labels = one_hot(marked, names)
     policy = f"{part}, crowds count, unlabelled={unlabelled}"
     found = LabelledPhotos([base / part / file for file in things_of], labels, policy)
     return treat_unlabelled(found, unlabelled)
@@ -299,9 +324,6 @@ def multiscene(root, split):
     return LabelledPhotos(photos, table.labels, "clean part")
 
 
-say_once = lru_cache(say)  # the same line is not said again
-
-
 def mlrsnet_headings(headings):
     """A blank one, where one label lacks, is that label's, as in storage_tank.csv of June 2020."""
     lacking = set(LABEL_WORDS["mlrsnet"]).difference(headings)
@@ -361,23 +383,157 @@ def ucm(root, split, split_seed=0):
     return found.at(shared_out(len(photos), split_seed, train=0.8, test=0.2)[split])
 
 
+# --- your own photos --------------------------------------------------------------------------------------------------
+
+PART = re.compile("(train|val|test)(val|ing|id|idation)?[0-9]*", re.IGNORECASE)
+
+
+def part_of(word):
+    """train, val or test, which may also be called training, valid or train2014 -> None for another word"""
+    found = PART.fullmatch(word)
+    return found and found[1].lower()
+
+
+def jsonl_rows(path):
+    """Hugging Face's metadata.jsonl"""
+    for number, line in enumerate(lines_of(path, "labels"), 1):
+        with reading(f"{path}, entry {number}", "labels", 'give {"file_name": "a.jpg", "labels": ["dog"]}, one a line'):
+            entry = json.loads(line)
+            labels = entry.get("labels", entry.get("label"))
+            if isinstance(labels, str):
+                labels = [labels]
+            yield entry["file_name"], dict.fromkeys(list.copy(labels), 1)
+
+
+def coco_rows(path):
+    """COCO's instances, beside the photos or in annotations/instances_<their folder>.json. A crowd counts as present; a
+    category without a box is no label."""
+    place = "."
+    if path.parent.name == "annotations":
+        place = f"../{path.stem.removeprefix('instances_')}"
+    for file, (things, _) in coco_things(path).items():
+        yield f"{place}/{file}", {name: 1 for name, *_ in things}
+
+
+def voc_rows(path):
+    """VOC's XML; a label seen only on objects marked difficult is ignored"""
+    if path.suffix == ".xml":
+        things, _ = voc_things(path)
+        clear_last = sorted(things, key=itemgetter(-1))
+        yield path.stem, {name: 1 if clear else -1 for name, *_, clear in clear_last}
+
+
+def folder_rows(photo):
+    """A folder of photos for each label"""
+    yield photo.name, {photo.parent.name: 1}
+
+
+FORMS = (  # what reads the rows (file, {label: 1 or -1}) of a label file, and where such files are
+    (None, "labels.csv"),
+    (None, "labels.json"),
+    (None, "metadata.csv"),
+    (jsonl_rows, "metadata.jsonl", "*/metadata.jsonl"),
+    (coco_rows, "annotations.json", "_annotations.coco.json", "*/annotations.json", "*/_annotations.coco.json",
+     "annotations/instances_*.json"),
+    (voc_rows, "**/*.xml", "ImageSets/Main/*.txt"),
+)
+
+
+def photos_under(base):
+    """Photos of a folder, any depth, hidden ones left out -> Paths"""
+    photos = [path for path in sorted(base.rglob("*")) if path.suffix.lower() in data.PHOTO_SUFFIXES]
+    return [photo for photo in photos if "/." not in f"/{photo.relative_to(base).as_posix()}"]
+
+
+def label_files(base):
+    """-> (function of FORMS that reads your own labels, their files: [] where there is none)"""
+    for rows_of, *patterns in FORMS:
+        files = sorted(path for pattern in patterns for path in base.glob(pattern))
+        if files:
+            return rows_of, files
+    photos = photos_under(base)
+    folders = {photo.parent for photo in photos}
+    names = {folder.name for folder in folders}
+    if len(names) == 1 or base in folders or all(map(part_of, names)) or any(base.glob("*/labels.*")):
+        photos = []  # the folders are no labels
+    return folder_rows, photos
+
+
+def own_table(base):
+    """Your own labels, of all parts -> data.Table. Raises UsageError."""
+    rows_of, files = label_files(base)
+    if not files:
+        find_files(base, (), *data.FOLDER_FILES)  # raises MissingFile
+    if rows_of is None:
+        return read_table(files[0])
+    rows = []
+    for path in files:
+        place = path.parent.relative_to(base)
+        rows += [(str(place / file), marks, "") for file, marks in rows_of(path)]
+    lists = {path.stem: path for path in files if path.suffix == ".txt" and part_of(path.stem)}
+    if "val" in lists:
+        lists.pop("trainval", None)
+    listed = []
+    for part, path in lists.items():
+        photos = set(read_text(path, "image list").split())
+        listed += [(file, marks, part) for file, marks, _ in rows if Path(file).name in photos]
+    if lists:
+        rows = listed
+    return table_of(rows, base)
+
+
+def key_of(file):
+    """Names of photos are compared in this form: slashes, composition and case alike, some folders left out."""
+    return re.sub("(?<![^/])(images|jpegimages|annotations)/", "", fold(file.replace("\\", "/")))
+
+
+def find_photos(base, files):
+    """Files as people write them, perhaps without suffix -> Paths; base / file where none is found. Raises UsageError
+    where a name fits two photos."""
+    photos = [base / normpath(file) for file in files]
+    missing = [row for row, photo in enumerate(photos) if not isfile(photo)]
+    known = {}
+    if missing:
+        for photo in photos_under(base):
+            key = key_of(photo.relative_to(base).as_posix())
+            for name in (key, splitext(key)[0]):
+                known.setdefault(name, []).append(photo)
+    for row in missing:
+        photo, *others = known.get(key_of(normpath(files[row])), [photos[row]])
+        if others:
+            raise UsageError(f"{base}: '{files[row]}' may be {photo} or {others[0]}; write down the whole name")
+        photos[row] = photo
+    return photos
+
+
 def folder(root, split, split_seed=0):
-    """Your own photos and labels. split_seed: draws 80 / 20 % where labels.csv has no column "split"."""
-    base, path = find_files(root, (), *data.FOLDER_FILES)
-    table = read_table(path)
-    if table.splits:
-        policy = "split by its own column"
-        rows = np.flatnonzero(np.array(table.splits) == split)
-        odd = set(table.splits) - {"train", "test"}
-        if odd:
-            raise UsageError(f"{path}: the column split must say train or test, not '{min(odd)}'")
-    else:
+    """Your own photos and labels. The split is that of the table or lists, or of folders train and test; validation
+    photos are trained on, or tested on where there is no test. split_seed: draws 80 / 20 % where there is no split."""
+    base = Path(root)
+    table = own_table(base)
+    photos = find_photos(base, table.files)
+    words = table.splits
+    if not any(words):
+        words = [key_of(normpath(file)).split("/")[0] for file in table.files]
+        if len(set(words)) == 1:
+            words = table.splits  # one folder is no split
+    parts = list(map(part_of, words))
+    if None in parts:
+        if any(table.splits):
+            raise UsageError(f"{base}: the column split must say train or test, not '{words[parts.index(None)]}'")
+    elif "val" in parts:
+        joined = "train" if "test" in parts else "test"
+        say_once(f"{base}: validation photos join {joined}")
+        parts = [joined if part == "val" else part for part in parts]
+    rows = first_rows(photos, list(zip(parts, table.labels.tolist(), strict=True)), base)
+    policy = "its own split"
+    chosen = [row for row in rows if parts[row] == split]
+    if None in parts:
         policy = f"80/20 by seed {split_seed}"
-        rows = shared_out(len(table.files), split_seed, train=0.8, test=0.2)[split]
-    if not len(rows):
+        chosen = np.array(rows)[shared_out(len(rows), split_seed, train=0.8, test=0.2)[split]]
+    if not len(chosen):
         raise UsageError(f"{base}: no photo is in the {split} part; add photos, or a column split to labels.csv")
-    found = LabelledPhotos([base / file for file in table.files], table.labels, policy, names=table.names)
-    return found.at(rows)
+    return LabelledPhotos(photos, table.labels, policy, names=table.names).at(chosen)
 
 
 VALIDATION = {"validation": ("train", "drop")}
@@ -446,10 +602,10 @@ READERS = {
         "policies": SPLIT_SEED},
     "folder": {
         "reader": folder,
-        "files": "{labels.csv or labels.json, photos}",
-        "source": "labels.csv: a column of file names, then one of 0 and 1 a label, headed by the label, and perhaps a "
-                  "column \"split\" of train and test; labels.json: {\"photo.jpg\": [\"dog\", \"cat\"], ...}; "
-                  "\"folder/photo.jpg\" in a folder",
+        "files": "{labels.csv, labels.json, metadata.jsonl, COCO's annotations.json or VOC's *.xml; photos}",
+        "source": "labels.csv: a column of file names, then one of 0 and 1 a label, headed by the label, or one of "
+                  "labels (dog;cat), and perhaps a column \"split\" of train and test; labels.json: {\"photo.jpg\": "
+                  "[\"dog\", \"cat\"], ...}; or no file but a folder of photos for each label; all in docs/datasets.md",
         "policies": SPLIT_SEED},
 }
 
@@ -503,7 +659,7 @@ def load_photos(dataset, root, split, count, policy):
         first = found.photos[there.index(False)]
         found.doubts.append(f"{there.count(False):,} of {len(there):,} photos missing, left out (first: {first})")
     for doubt in found.doubts:
-        say(f"{dataset}: {doubt}")
+        say_once(f"{dataset}: {doubt}")
     found.policy = "; ".join([found.policy, *found.doubts])
     found.names = found.names or label_names(dataset)
     rows = np.flatnonzero(there)

@@ -568,6 +568,9 @@ def report(record, row, learnt_from):
         probability_error, _ = spread([one["probability"]["calibration error"] for one in runs])
         print(f"{'  thresholds without labels':<48}{f1s(runs, 'label_free')}")
         print(f"calibration error: score {score_error:.1f} %, probability {probability_error:.1f} %")
+    unseen = ", ".join(label["name"] for label in record["per_class"] if not label["positives"])
+    if unseen:
+        print(f"no test photo shows: {unseen:.200} (left out of mAP, 0 in CF1 and macro F1)")
     if all(label["trained"] for label in record["per_class"]):
         return
     for trained, words in ((True, "trained on"), (False, "never trained on")):

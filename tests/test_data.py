@@ -2,6 +2,8 @@
 import gzip
 import json
 import os
+import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +73,7 @@ def read(path):
     match path.name:
         case "labels.txt":
             data.read_labels(path)
-        case "labels.csv" | "labels.json":
+        case "labels.csv" | "labels.json" | "metadata.jsonl" | "annotations.json":
             data.load_photos("folder", path.parent, "train")
         case "d.json":
             data.descriptions_of("voc2007", names, path)
@@ -99,6 +101,15 @@ def read(path):
     ("labels.csv", "f,dog\na.png,1\nb.png,0\na.png,0\n", "row of a.png: .*stands twice"),
     ("labels.csv", "a.png,1\nb.png,0\n", "first line must"),
     ("labels.csv", "f,dog,split\na.png,1,x\n", "test, not 'x'"),
+    ("labels.csv", "f,dog,split\na.png,1,train\n./a.png,1,test\n", "a.png: stands twice with other labels or in two"),
+    ("labels.csv", "f,tags\na.png,dog\n./a.png,cat\n", "a.png: stands twice"),
+    ("labels.csv", "a.png,dog\nb.png,cat\n", "first line must"),
+    ("labels.csv", "f,dog,cat\na.png,1,0,1\n", "row of a.png: 4 cells, the first line has 3"),
+    ("labels.csv", 'f,tags\na.png,"dog\nb.png,cat\n', "unexpected end"),
+    ("labels.csv", "f,dog\na.png,1\nb.png,x\n", "row of b.png: "),
+    ("labels.json", '{"a.png": ["dog"], "a.png": ["cat"]}', "a.png: stands twice"),
+    ("metadata.jsonl", '{"file_name": "a.png", "label": "dog"}\n{"file_name": "b.png", "label": 3}', "entry 2: "),
+    ("annotations.json", '{"images": []}', "give COCO's instances"),
     ("labels.csv", "f,dog\nz.png,1\n", "none of its 1 photos .*expected"),
     ("labels.json", '{"a.png": "dog"}', "form"),
     ("labels.json", "[" * 200000, "recursion")])
@@ -129,8 +140,19 @@ def test_label_file(tmp_path, capsys):
     path = write(tmp_path / "labels.txt", "\ufeffdog\n\u200b\n  fire_truck \r\nna\u00adïve café\n☀\n" + "x" * 200)
     assert data.read_labels(path) == ["dog", "fire truck", "naïve café", "☀", "x" * 200]
     assert capsys.readouterr().err == f"{path}: an underscore in a label is read as a space\n"
+    data.read_labels(write(path, "dog\nсобака\n猫\ncafé"))
+    assert capsys.readouterr().err == (f"{path}: label 'собака' (2 of 4 in another script): CLIP was trained on "
+                                       "English texts; English names work better\n")
     data.read_labels(write(path, "- dog"))
     assert "'- dog' is taken as a label" in capsys.readouterr().err
+
+
+def test_format_characters_make_no_second_label():
+    """But the joiners of some scripts; those that turn the direction of writing are refused."""
+    for letter in map(chr, range(sys.maxunicode + 1)):
+        if unicodedata.category(letter) == "Cf" and letter not in "\u200c\u200d":
+            with pytest.raises(UsageError, match="stands twice|not a label name"):
+                data.check_names(["sunset", f"sun{letter}set"], "list")
 
 
 LABELLED = b"""{"text": " a dog and more", "labels": ["cat", "dog"]}
@@ -234,6 +256,11 @@ def test_missing_photos_are_left_out_before_some_are_drawn(tmp_path, capsys):
     said = f"3 of 6 photos missing, left out (first: {tmp_path}/0.png)"
     assert said in capsys.readouterr().err
     assert said in found.policy
+
+
+def test_labels_of_other_values_are_refused():
+    with pytest.raises(UsageError, match="^labels must hold 1 .present., 0 .absent. or -1 .ignored. only$"):
+        data.LabelledPhotos(["a.png"], np.array([[0, 2]]), "")
 
 
 def test_identity(tmp_path):

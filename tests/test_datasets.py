@@ -6,12 +6,14 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from scipy.io import savemat
 from test_data import marks, photos, write
 
 import data
 import datasets
+import run
 from data import UsageError
 
 
@@ -194,7 +196,10 @@ def test_published_tree_to_labels(tmp_path, tree):
 @pytest.mark.parametrize("dataset, path, content, reason", [
     ("voc2007", "VOC2007/Annotations/1.xml", f"<a>{OBJECT.format('cow', 0)}</a>", "annotation .*1.xml"),
     ("voc2007", "VOC2007/ImageSets/Main/trainval.txt", "3\n", "annotation .*3.xml: no such file.*; expected"),
-    ("voc2007", "VOC2007/Annotations/1.xml", f"<a>{SIZE}{OBJECT.format('zebra', 0)}</a>", "label files .*'zebra'"),
+    ("voc2007", "VOC2007/Annotations/1.xml", f"<a>{SIZE}{OBJECT.format('zebra', 0)}</a>",
+     "label files of .* have 'zebra', no label of voc2007; give labels of your own by --dataset folder --data-root /"),
+    ("coco2014", "coco2014/annotations/instances_train2014.json", COCO.replace("person", "unicorn"),
+     "label files of .* have 'unicorn', no label of coco2014; "),
     ("coco2014", "coco2014/annotations/instances_train2014.json", '{"images": []}', "annotations .*give COCO's"),
     ("nuswide", "nuswide/TrainTestLabels/Labels_zebra_Train.txt", "1\n", "zebra: 1 labels for 3 listed photos"),
     ("peta", "peta/PETA.mat", "torn", "labels .*PETA.mat: .*fetch it again"),
@@ -271,22 +276,159 @@ def test_check(command, shared, words, stdout, stderr):
 
 
 def test_check_of_your_own_folder(tmp_path, capsys):
-    """Nothing wrong is 0; a missing photo, a torn one, one in both parts, and one without labels are found."""
+    """Nothing wrong is 0; a missing photo, a torn one, a label that no photo has and a photo without labels are found.
+    """
     photos(tmp_path, "0.png", "1.png", "2.png")
     words = ["--check", "folder", "--data-root", str(tmp_path)]
-    good = "file,split,dog\n0.png,train,1\n1.png,train,1\n2.png,test,1\n"
+    good = "file,split,dog,cat\n0.png,train,1,1\n1.png,train,1,0\n2.png,test,1,1\n"
     write(tmp_path / "labels.csv", good)
     assert datasets.main(words) == 0
     assert "nothing wrong was found" in capsys.readouterr().out
     photos(tmp_path, "spare.png")
     write(tmp_path / "1.png", "torn")
-    write(tmp_path / "labels.csv", good + "0.png,test,1\nx.png,test,1\n")
+    write(tmp_path / "labels.csv", good.replace("test,1,1", "test,1,0") + "x.png,test,1,1\n")
     assert datasets.main(words) == 2
     wrong = re.findall("wrong. (.*)", capsys.readouterr().err)
     for line, pattern in zip(wrong, (
-            "train: .*/1.png cannot be read", "test: 1 of 3 photos missing", "1 photos are in both .*/0.png",
+            "train: .*/1.png cannot be read", "test: 1 of 2 photos missing", "test: no photo with cat",
             "1 photos of the folder without labels .*/spare.png"), strict=True):
         assert re.match(pattern, line)
+
+
+def test_report_names_labels_without_a_positive(capsys):
+    """mAP leaves them out; in CF1 and macro F1, which are 1 for dog alone, they are 0."""
+    truth = np.array([[1, 0], [0, 0]])
+    scores = torch.tensor([[0.9, 0.1], [0.1, 0.1]])
+    measured = run.measure(scores, scores, None, truth)
+    labels = [{"name": name, "positives": n, "trained": True} for name, n in (("dog", 1), ("zebra", 0))]
+    record = {"runs": [measured], "seeds": [0], "photo_count": 0, "label_count": 2, "backbone": "b", "mAP": 100,
+              "zero_shot_mAP": 1, "linear_probe_mAP": None, "per_class": labels}
+    run.report(record, "RP", "texts")
+    assert (measured["mAP"], measured["threshold_0.5"]["macro F1"], measured["threshold_0.5"]["CF1"]) == (100, 50, 50)
+    assert "no test photo shows: zebra (left out of mAP, 0 in CF1 and macro F1)\n" in capsys.readouterr().out
+
+
+VOC = f"<a>{SIZE}{OBJECT}</a>"
+CATEGORIES = [{"id": 0, "name": "things"}, {"id": 1, "name": "fire_truck"}, {"id": 2, "name": "cat"}]
+
+
+def coco(*images):
+    """COCO's instances of images (file, category of its box, 0 for none)"""
+    content = {"images": [], "annotations": [], "categories": CATEGORIES}
+    for number, (file, category) in enumerate(images):
+        content["images"].append({"id": number, "file_name": file, "width": 9, "height": 9})
+        if category:
+            content["annotations"].append({"image_id": number, "category_id": category, "bbox": [0, 0, 9, 9]})
+    return json.dumps(content)
+
+
+# {form: ({label file: content}, photos on the disk, {split: each photo's labels})}
+FORMS = {
+    # pandas' index, words for marks, an empty cell; a photo under images/, one without suffix, one that stands twice
+    "labels.csv": (
+        {"labels.csv": "\ufeff,file,dog,\"fire\r\ntruck\",Split\n0,a,TRUE,no,train\n1,Cafe\u0301.JPG,Yes,,valid\n"
+                       "2,sub\\c.png,1.0,false,test\n3,./a,1,0,Train\n"},
+        "images/a.png Caf\u00e9.jpg sub/c.png",
+        {"train": "images/a.png: dog; Caf\u00e9.jpg: dog", "test": "sub/c.png: dog"}),
+    "sep=": (
+        {"labels.csv": "sep=;\r\nfile;tags;split\r\na.png;'dog'|cat;train\r\nb.png;;train\r\n"
+                       'c.png;"cat\r\nfire truck";test\r\n'},
+        "a.png b.png c.png",
+        {"train": "a.png: cat, dog; b.png: ", "test": "c.png: cat, fire truck"}),
+    "commas": ({"labels.csv": "file,tags\ntrain/a.png,dog,cat\ntest/b.png,dog\n"}, "train/a.png test/b.png",
+               {"train": "train/a.png: cat, dog", "test": "test/b.png: dog"}),
+    "spaces": ({"labels.csv": "file,tags,split\na.png,dog  cat,training\nb.png,dog,val\n"}, "a.png b.png",
+               {"train": "a.png: cat, dog", "test": "b.png: dog"}),
+    "json": ({"labels.json": '{"a.png": ["caf\u00e9"], "b.png": ["cafe\u0301"]}'}, "a.png b.png",
+             {"train": "a.png: caf\u00e9; b.png: caf\u00e9"}),
+    "one folder": ({"labels.json": '{"train/a.png": ["dog"], "train/b.png": [], "train/c.png": []}'},
+                   "train/a.png train/b.png train/c.png", {"test": "train/b.png: "}),
+    "jsonl": (
+        {"train/metadata.jsonl": '{"file_name": "a.png", "labels": ["dog", "cat\u200b"]}\n',
+         "test/metadata.jsonl": '{"file_name": "b.png", "label": "cat"}\n'},
+        "train/a.png test/b.png", {"train": "train/a.png: cat, dog", "test": "test/b.png: cat"}),
+    # two ids for one file are joined; a category without a box is no label
+    "coco": ({"annotations.json": coco(("a.png", 1), ("b.png", 0), ("./a.png", 2))}, "a.png images/b.png",
+             {"train": "a.png: cat, fire truck; images/b.png: "}),
+    "roboflow": (
+        {"train/_annotations.coco.json": coco(("a.png", 1)), "valid/_annotations.coco.json": coco(("a.png", 0)),
+         "test/_annotations.coco.json": coco(("a.png", 2))},
+        "train/a.png valid/a.png test/a.png",
+        {"train": "train/a.png: fire truck; valid/a.png: ", "test": "test/a.png: cat"}),
+    "coco's folders": (
+        {"annotations/instances_train2014.json": coco(("a.png", 1)),
+         "annotations/instances_val2014.json": coco(("b.png", 2))},
+        "train2014/a.png val2014/b.png",
+        {"train": "train2014/a.png: fire truck", "test": "val2014/b.png: cat"}),
+    "xml": ({"train/a.xml": VOC.format("fire_truck", 0), "test/b.c.xml": VOC.format("cat", 1)},
+            "train/a.png test/b.c.png", {"train": "train/a.png: fire truck", "test": "test/b.c.png: -cat"}),
+    "voc": (
+        {"Annotations/1.xml": VOC.format("zebra", 0), "Annotations/2.xml": VOC.format("cat", 0),
+         "Annotations/3.xml": VOC.format("cat", 0), "ImageSets/Main/train.txt": "1\n", "ImageSets/Main/val.txt": "2\n",
+         "ImageSets/Main/trainval.txt": "1\n2\n", "ImageSets/Main/cat_train.txt": "1 -1\n"},
+        "JPEGImages/1.jpg JPEGImages/2.jpg JPEGImages/3.jpg",
+        {"train": "JPEGImages/1.jpg: zebra", "test": "JPEGImages/2.jpg: cat"}),
+    "folders": ({}, "train/dog/a.png test/fire_truck/b.png .trash/dog/c.png",
+                {"train": "train/dog/a.png: dog", "test": "test/fire_truck/b.png: fire truck"}),
+    "a vehicle": ({}, "train/1.png train/2.png bus/3.png bus/4.png",
+                  {"train": "bus/3.png: bus; bus/4.png: bus; train/1.png: train", "test": "train/2.png: train"}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_your_own_folder(tmp_path, form):
+    """Parts share their labels; a run's settings change with them."""
+    files, there, expected = FORMS[form]
+    photos(tmp_path, *there.split())
+    for path, content in files.items():
+        write(tmp_path / path, content)
+    names = set()
+    for split, labels in expected.items():
+        found = load("folder", tmp_path, split)
+        assert marks(found, tmp_path) == labels
+        names.add(tuple(found.names))
+    assert len(names) == 1
+    known = {data.identity("folder", tmp_path)}
+    for path in files or ("train/cow/1.png",):
+        write(tmp_path / path, "other labels")
+        known.add(data.identity("folder", tmp_path))
+    assert len(known) == 1 + max(len(files), 1)
+
+
+@pytest.mark.parametrize("form", ["xml", "roboflow"])
+def test_boxes_of_your_own_photos(tmp_path, form):
+    photos(tmp_path, "train/a.png")
+    for path, content in FORMS[form][0].items():
+        write(tmp_path / path, content)
+    boxes, _ = datasets.boxes_of(tmp_path / "train/a.png", ["cat", "fire truck"])
+    assert boxes[:, 0].tolist() == [1]
+
+
+@pytest.mark.parametrize("content, said", [
+    ("f,tags\na.png,dog cat\nb.png,dog\n", "{root}/labels.csv: labels are cut at spaces; write a ';' after each if "),
+    ("f,fire_truck,a_b\na.png,1,0\n", "{root}/labels.csv: an underscore in a label is read as a space\n"),
+    ("f,tags,split\na.png,dog,train\nb.png,dog,VALID\nc.png,dog,test\n", "{root}: validation photos join train\n"),
+    ("f,tags,\na.png,собака;кот;dog,\n", "{root}/labels.csv: label 'кот' (2 of 3 in another script): CLIP was ")])
+def test_what_is_said_once_of_your_own_folder(tmp_path, capsys, content, said):
+    photos(tmp_path, "a.png", "b.png", "c.png")
+    write(tmp_path / "labels.csv", content)
+    for _ in range(2):
+        load("folder", tmp_path, "train")
+    assert capsys.readouterr().err.count(said.format(root=tmp_path)) == 1
+
+
+@pytest.mark.parametrize("there", ["a.png dog/b.png cat/c.png", "train/a.png test/b.png", "images/a.png images/b.png"])
+def test_folders_that_are_no_labels(tmp_path, there):
+    photos(tmp_path, *there.split())
+    with pytest.raises(UsageError, match="^folder: no labels.csv or labels.json under .*; expected .*metadata.jsonl"):
+        load("folder", tmp_path, "train")
+
+
+def test_a_name_that_fits_two_photos(tmp_path):
+    photos(tmp_path, "a.png", "images/a.jpg")
+    write(tmp_path / "labels.csv", "f,dog\na,1\n")
+    with pytest.raises(UsageError, match="'a' may be .*a.* or .*a.*; write down the whole name"):
+        load("folder", tmp_path, "train")
 
 
 def test_tenth_set(tmp_path, monkeypatch, capsys):
