@@ -324,7 +324,8 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, cli
     """Asymmetric loss. focal_gradient: "full", through its weights too, or "stopped".  [exponents: author; choice D10]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
-    logits: [..., B, C]; targets: same shape, 1, 0 or -1 -> scalar. Finite at z = +-1e4. ValueError for other targets.
+    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool (ValueError else); their values are checked
+    where labels enter (data.check_marks) -> scalar. Finite at z = +-1e4.
     """
     check_targets(targets)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))              # half precision overflows in sums
