@@ -50,6 +50,12 @@ def say(message):
     print(message, file=sys.stderr)
 
 
+def speak_utf8():
+    """Labels of any script and file names of any bytes can be printed from here on, whatever the locale."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 @contextmanager

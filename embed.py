@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import sqlite3
+import sys
 import threading
 from contextlib import suppress
 from difflib import get_close_matches
@@ -323,6 +324,16 @@ def decoded(clip, photos, batches, workers, augment=None):
 
 # --- cache ------------------------------------------------------------------------------------------------------------
 
+@functools.cache
+def say_of_process(message):
+    """Say it once, in a process of torchrun that is silent otherwise, too."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        say(message)
+    else:
+        print(f"process {rank}: {message}", file=sys.__stderr__)
+
+
 class Cache:
     """Rows of tensors in SQLite, by what encoded them and of what, in one file for all processes: a row is there as a
     whole or not. A damaged file is set aside and made anew; what cannot be opened or written is done without, said
@@ -355,13 +366,13 @@ class Cache:
             with self.connection:
                 return [load(tensors) for values in rows for (tensors,) in self.connection.execute(command, values)]
         except (OSError, sqlite3.OperationalError) as error:  # such as no permission, disk full, locked
-            say_once(f"cache {self.path}: going on without ({error})")
+            say_of_process(f"cache {self.path}: going on without ({error})")
         except (sqlite3.DatabaseError, SafetensorError) as error:
             self.connection.close()
             self.connection = None
             with suppress(OSError):
                 os.replace(self.path, f"{self.path}.damaged")
-            say_once(f"cache {self.path}: damaged ({error}); renamed to .damaged and made anew")
+            say_of_process(f"cache {self.path}: damaged ({error}); renamed to .damaged and made anew")
         return []
 
 
@@ -459,7 +470,7 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
         if not encoded:
             bad += 1
         yield row, encoded
-    if bad:
+    if bad and share:
         say(f"{bad} of {len(photos)} photos could not be read; they are named above")
 
 
