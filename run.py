@@ -37,7 +37,7 @@ from data import UsageError, say
 RANK = int(os.environ.get("RANK", 0))  # torchrun's numbers; without it one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 PLAIN_SECONDS = 60  # between lines about a training where stderr is no terminal
-END_SECONDS = 5  # torchrun needs less to end all processes when one has ended
+END_SECONDS = float(os.environ.get("END_SECONDS", 5))  # torchrun ends all processes sooner when one has ended
 LOST = "another process has ended, or cannot be reached; its own line, or torchrun's, says why"
 
 
