@@ -225,6 +225,7 @@ def test_damaged_file_of_a_run(start, runs, tmp_path, name):
             stream = BytesIO()
             torch.save(state | {"tensors": tensors}, stream)
             contents.append(stream.getvalue())
+        contents.append(pickle.dumps([], 4))  # of which torch warns
     check_refused(start, (*runs.words, folder), folder / name, "delete it", *contents)
     (folder / name).unlink()
     start(*runs.words, folder).end()
@@ -412,10 +413,10 @@ def test_one_of_two_processes_fails(start, trained, place, tmp_path, bad):
 
 
 def test_more_processes_than_photos(start, trained, place, tmp_path):
-    """A photo and a torn one of any name, into a folder that is not there; a cache that one process cannot write."""
+    """A torn photo of any name and a good one, into a folder that is not there; a cache that one process cannot write."""
     torn = tmp_path / os.fsdecode(b"torn \xff.png")
     torn.write_bytes((place / "photos/a.png").read_bytes()[:700])
-    words = ("tag.py", trained[RP].checkpoint, place / "photos/a.png", torn, "--output", tmp_path / "new/folder")
+    words = ("tag.py", trained[RP].checkpoint, torn, place / "photos/a.png", "--output", tmp_path / "new/folder")
     good = (*words, "--cache", tmp_path / "cache")
     first, _, third = start_processes(start, good, good, (*words, "--cache /proc/x"))
     stderr = first.end()[1]
