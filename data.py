@@ -53,7 +53,8 @@ def say(message):
 def speak_utf8():
     """Labels of any script and file names of any bytes can be printed from here on, whatever the locale."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if sys.stderr.encoding != "utf-8":
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

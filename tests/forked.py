@@ -38,7 +38,7 @@ def as_script(script, words, folder, stdout, stderr, environment, full_at):
         os.close(reader)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="ascii", closefd=False)  # as in a pipe of the locale C
-    sys.stderr.reconfigure(encoding="ascii")
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, encoding="ascii", closefd=False)
     if full_at:
         resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, full_at))
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader's processes, as in a process of its own

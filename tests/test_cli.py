@@ -413,7 +413,7 @@ def test_one_of_two_processes_fails(start, trained, place, tmp_path, bad):
 
 
 def test_more_processes_than_photos(start, trained, place, tmp_path):
-    """A torn photo of any name and a good one, into a folder that is not there; a cache that one process cannot write."""
+    """A torn photo of any name and a good one, into a new folder; a cache that one process cannot write."""
     torn = tmp_path / os.fsdecode(b"torn \xff.png")
     torn.write_bytes((place / "photos/a.png").read_bytes()[:700])
     words = ("tag.py", trained[RP].checkpoint, torn, place / "photos/a.png", "--output", tmp_path / "new/folder")
