@@ -56,6 +56,13 @@ def say(message):
 say_once = lru_cache(say)  # the same line is not said again
 
 
+def speak_utf8():
+    """Labels of any script and file names of any bytes can be printed from here on, whatever the locale."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+    if sys.stderr.encoding != "utf-8":
+        sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 @contextmanager

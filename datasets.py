@@ -736,6 +736,7 @@ def main(words=None):
 
 
 if __name__ == "__main__":
+    data.speak_utf8()
     try:
         sys.exit(main())
     except BrokenPipeError:  # head has seen enough

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import sqlite3
+import sys
 import threading
 from contextlib import suppress
 from difflib import get_close_matches
@@ -31,11 +32,10 @@ from tqdm import tqdm
 
 import data
 import scenes
-from data import UsageError, say
+from data import UsageError, say, say_once
 
 WEIGHTS = Path(__file__).parent / "weights"  # where weights fetched by hand may be put: <backbone>.<tag>.safetensors
 BATCH = 64  # photos encoded at once and stored in one transaction; a run that is killed loses at most one batch
-say_once = functools.cache(say)
 NO_WEIGHTS = {  # what a file is, by its start or the error that it gives
     "TorchScript": "a TorchScript archive (OpenAI's own form), which holds code; save its state_dict() alone",
     "^\x80|GLOBAL": "a file of pickled objects, which may run code; save the model's state_dict() alone",
@@ -323,6 +323,16 @@ def decoded(clip, photos, batches, workers, augment=None):
 
 # --- cache ------------------------------------------------------------------------------------------------------------
 
+@functools.cache
+def say_of_process(message):
+    """Say it once, in a process of torchrun that is silent otherwise, too."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        say(message)
+    else:
+        print(f"process {rank}: {message}", file=sys.__stderr__)
+
+
 class Cache:
     """Rows of tensors in SQLite, by what encoded them and of what, in one file for all processes: a row is there as a
     whole or not. A damaged file is set aside and made anew; what cannot be opened or written is done without, said
@@ -355,13 +365,13 @@ class Cache:
             with self.connection:
                 return [load(tensors) for values in rows for (tensors,) in self.connection.execute(command, values)]
         except (OSError, sqlite3.OperationalError) as error:  # such as no permission, disk full, locked
-            say_once(f"cache {self.path}: going on without ({error})")
+            say_of_process(f"cache {self.path}: going on without ({error})")
         except (sqlite3.DatabaseError, SafetensorError) as error:
             self.connection.close()
             self.connection = None
             with suppress(OSError):
                 os.replace(self.path, f"{self.path}.damaged")
-            say_once(f"cache {self.path}: damaged ({error}); renamed to .damaged and made anew")
+            say_of_process(f"cache {self.path}: damaged ({error}); renamed to .damaged and made anew")
         return []
 
 
@@ -462,7 +472,7 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
         if not encoded:
             bad += 1
         yield row, encoded
-    if bad:
+    if bad and share:
         say(f"{bad} of {len(photos)} photos could not be read; they are named above")
 
 

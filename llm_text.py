@@ -631,4 +631,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    data.speak_utf8()
     os._exit(main())  # without waiting for requests that are still under way

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ from data import UsageError, say
 RANK = int(os.environ.get("RANK", 0))  # torchrun's numbers; without it one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 PLAIN_SECONDS = 60  # between lines about a training where stderr is no terminal
+END_SECONDS = float(os.environ.get("END_SECONDS", 5))  # torchrun ends all processes sooner when one has ended
+LOST = "another process has ended, or cannot be reached; its own line, or torchrun's, says why"
 
 
 class Diverged(Exception):
@@ -205,8 +208,6 @@ def set_up(config):
     if WORLD > 1:
         backend = "gloo" if number is None else "nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=12))
-    if RANK > 0:  # a mistake is said once, by the first process
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
     if number is None and not config.cpu:
         say("no GPU found: running on the CPU")
     return device
@@ -308,7 +309,9 @@ class Progress:
     def _resume(self):
         with data.reading(self.folder / "resume.pt", "half-trained model", "delete it to train this seed anew") as path:
             try:
-                state = torch.load(path, weights_only=True, map_location="cpu")
+                with catch_warnings():
+                    simplefilter("ignore")  # torch's, of a foreign file
+                    state = torch.load(path, weights_only=True, map_location="cpu")
             except Exception:  # torch raises many kinds, and advises to load what must not be loaded
                 raise ValueError("is damaged") from None
             if state["title"] != self.title:
@@ -586,11 +589,15 @@ def exit_codes(script):
     """Ends the process: 0 done, 2 a mistake or missing data, 3 diverged, 130 interrupted; one line says why."""
     # the asymmetric loss makes gradients whose squares are below 1e-38, with which a CPU is many times slower
     torch.set_flush_denormal(True)
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # photo names of any bytes, labels of any script
+    data.speak_utf8()
+    stderr = sys.stderr
+    if RANK > 0:  # what all processes have to say, the first one says
+        sys.stdout = stderr = open(os.devnull, "w", errors="ignore")  # noqa: SIM115 (for the rest of the process)
     code = 2
     why = None
     try:
-        yield sys.argv[1:]
+        with contextlib.redirect_stderr(stderr):
+            yield sys.argv[1:]
         sys.stdout.flush()
         code = 0
     except UsageError as error:
@@ -600,19 +607,27 @@ def exit_codes(script):
         why = str(error)
     except KeyboardInterrupt:
         code = 130
-        why = "interrupted; the same command goes on from what is saved (epochs, encoded photos in the cache)"
+        if RANK == 0:
+            why = "interrupted; the same command goes on from what is saved (epochs, encoded photos in the cache)"
     except BrokenPipeError:  # | head: nothing more is wanted
         code = 0
     except OSError as error:  # a full disk, a folder without permission
         why = f"{error.filename or 'standard output'}: {error.strerror or error}; free space, or choose another place"
     except (MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not out_of_memory:
+        if out_of_memory:
+            why = "not enough memory; lower --batch-size, --train-count or --resolution"
+        elif isinstance(error, dist.DistError) or "third_party/gloo" in str(error):
+            why = LOST
+        else:
             raise
-        why = "not enough memory; lower --batch-size, --train-count or --resolution"
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if why and WORLD > 1:
+        if RANK > 0 or why == LOST:  # who failed after another process, or for the same reason, is ended unheard
+            time.sleep(END_SECONDS)
+        why = f"process {RANK} of {WORLD}: {why}"
     if why:
         say(f"{script}: {why}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.stdout = None  # what could not be written is not tried again at exit
     sys.exit(code)

@@ -37,7 +37,8 @@ def as_script(script, words, folder, stdout, stderr, environment, full_at):
         os.dup2(writer, 1)
         os.close(reader)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT), 2)
-    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
+    sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="ascii", closefd=False)  # as in a pipe of the locale C
+    sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, encoding="ascii", closefd=False)
     if full_at:
         resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, full_at))
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader's processes, as in a process of its own
@@ -78,13 +79,20 @@ class Running(NamedTuple):
             time.sleep(0.002)
 
 
-def start_two(start, *words):
-    """The same command twice, as torchrun starts it; the second process is silent."""
+def start_processes(start, *of_each):
+    """A command a process, as torchrun starts them -> [Running]"""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    first, second = [start(*words, RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
+    count = str(len(of_each))
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    return [start(*words, RANK=str(rank), LOCAL_RANK=str(rank), END_SECONDS="0.1", **meeting)
+            for rank, words in enumerate(of_each)]
+
+
+def start_two(start, *words):
+    """The same command twice; the second process is silent."""
+    first, second = start_processes(start, words, words)
     first.end()
     stdout, stderr = second.end()
     assert not stdout and all(line.startswith("[") for line in stderr.splitlines())  # gloo's own

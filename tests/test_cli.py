@@ -7,6 +7,8 @@ import shlex
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import termios
 from io import BytesIO
 from itertools import count
@@ -16,7 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forked import BOTH, RP, SSPA, TINY, content_of, read_lines, result_of, start_two
+from conftest import REPOSITORY
+from forked import BOTH, RP, SSPA, TINY, content_of, read_lines, result_of, start_processes, start_two
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
@@ -89,7 +92,7 @@ REFUSED = {  # command: what the answer must hold
     "sspa.py --ema 1": "at least 0 and below 1",
     "sspa.py --texts x": "s: --texts x",
     "sspa.py --output {place}/few.txt/x": "/few.txt",
-    "sspa.py --unseen dragon": "--unseen dragon: must be one of the labels",
+    "sspa.py --unseen größe": "--unseen größe: must be one of the labels",
     f"sspa.py {FEW} --context-length 38": "--context-length 38: this CLIP reads 40 tokens",
     "sspa.py --labels {place}/foreign.txt": "'zebra' is no label of scenes",
     "sspa.py --descriptions {place}/few.txt": "valid JSON",
@@ -222,6 +225,7 @@ def test_damaged_file_of_a_run(start, runs, tmp_path, name):
             stream = BytesIO()
             torch.save(state | {"tensors": tensors}, stream)
             contents.append(stream.getvalue())
+        contents.append(pickle.dumps([], 4))  # of which torch warns
     check_refused(start, (*runs.words, folder), folder / name, "delete it", *contents)
     (folder / name).unlink()
     start(*runs.words, folder).end()
@@ -394,6 +398,56 @@ def test_two_processes_learn_what_one_learns(start, tmp_path, script, words):
     two = result_of(tmp_path / "two")
     assert two["mAP"] == pytest.approx(one["mAP"], abs=0.05)
     assert two["runs"][0]["ap"] == pytest.approx(one["runs"][0]["ap"], abs=0.5)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_one_of_two_processes_fails(start, trained, place, tmp_path, bad):
+    """Both end, by name; the other, which torchrun would end unheard, says that it waits for nobody."""
+    (tmp_path / "few.json").write_text('{"sun": 0.5}')
+    words = ("tag.py", trained[RP].checkpoint, place / "photos", "--cache", tmp_path / "cache", "--output", tmp_path)
+    of_each = [words, words]
+    of_each[bad] = (*words, "--threshold", tmp_path / "few.json")
+    processes = start_processes(start, *of_each)
+    why = processes[bad].end(2)[1].splitlines()[-1]
+    assert why.startswith(f"tag.py: process {bad} of 2: --threshold: the file has no number for 'moon'")
+    assert f"tag.py: process {1 - bad} of 2: another process has ended" in processes[1 - bad].end(2)[1]
+
+
+def test_more_processes_than_photos(start, trained, place, tmp_path):
+    """A torn photo of any name and a good one, into a new folder; a cache that one process cannot write."""
+    torn = tmp_path / os.fsdecode(b"torn \xff.png")
+    torn.write_bytes((place / "photos/a.png").read_bytes()[:700])
+    words = ("tag.py", trained[RP].checkpoint, torn, place / "photos/a.png", "--output", tmp_path / "new/folder")
+    good = (*words, "--cache", tmp_path / "cache")
+    first, _, third = start_processes(start, good, good, (*words, "--cache /proc/x"))
+    stderr = first.end()[1]
+    assert stderr.count("torn \\udcff.png: cannot be read") == stderr.count("could not be read; they") == 1
+    assert len(read_lines(tmp_path / "new/folder/tags.jsonl")) == 1
+    assert "process 2: cache /proc/x/features.sqlite: going on without (" in third.end()[1]
+
+
+def test_torchrun(place, tmp_path):
+    """What all processes meet alike is said once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               REPOSITORY / "tag.py", "nowhere", place / "photos", "--cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("tag.py: process ") == 1
+    assert "tag.py: process 0 of 2: checkpoint nowhere: no such file; pass a" in done.stderr
+
+
+@pytest.mark.parametrize("script, words", [("llm_text.py", "sentences --count 9 --labels labels.txt --report"),
+                                           ("datasets.py", "--check folder --data-root .")])
+def test_labels_of_any_script_into_any_pipe(tmp_path, script, words):
+    """forked.py does likewise with the methods. A photo that is named by any bytes is named on stderr."""
+    name = os.fsdecode(b"caf\xe9 \xff.png")
+    (tmp_path / "labels.txt").write_text("größe\n日本", "utf-8")
+    (tmp_path / "labels.csv").write_bytes("file,größe,日本,split\na.png,1,0,train\n名.png,0,1,test\n".encode())
+    for photo in ("a.png", "名.png", name):
+        (tmp_path / photo).touch()
+    done = subprocess.run([sys.executable, REPOSITORY / script, *words.split()], cwd=tmp_path, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"}, encoding="utf-8")
+    assert "größe" in done.stdout and "日本" in done.stdout and "Traceback" not in done.stderr
+    assert script == "llm_text.py" or "名.png cannot be read" in done.stderr and "\\udcff.png)" in done.stderr
 
 
 def test_running_options(start, tmp_path):

@@ -1,6 +1,8 @@
 """embed.py against open_clip's own loading, on small towers; its cache; and what it says of bad photos and weights."""
 import glob
+import importlib.util
 import json
+import multiprocessing.forkserver
 import os
 import pickle
 import re
@@ -273,8 +275,26 @@ def test_a_crop_by_hand(tmp_path):
         assert generator.uniform.mock_calls == [call(0.2, 1), call(-1, 1), call(0, 256), call(0, 192)]
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_random_crops_hang_on_seed_epoch_and_row_alone(tmp_path, capsys, method):
+@pytest.fixture
+def misfit(tmp_path, monkeypatch):
+    """A torchvision without its operators, which fits no torch, for every new process: a fork has imported another, and
+    so has the forkserver of other tests. -> a file that its import writes"""
+    folder = tmp_path / "torchvision"
+    folder.mkdir()
+    real = importlib.util.find_spec("torchvision").submodule_search_locations
+    (folder / "__init__.py").write_text("import torch\n"
+                                        f"open({str(tmp_path / 'imported')!r}, 'w').close()\n"
+                                        "torch.library.register_fake('torchvision::nms')(print)\n"
+                                        f"__path__ += {list(real)}")
+    (folder / "extension.py").write_text("_has_ops = _assert_has_ops = _load_library = lambda *_: False")
+    monkeypatch.syspath_prepend(tmp_path)
+    forkserver = multiprocessing.forkserver
+    monkeypatch.setattr(forkserver, "connect_to_new_process", forkserver.ForkServer().connect_to_new_process)
+    return tmp_path / "imported"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_random_crops_hang_on_seed_epoch_and_row_alone(misfit, tmp_path, capsys, method):
     """Not on the number of workers, how they start, the batches, or torch's random state, which they leave alone."""
     state = torch.get_rng_state()
     crops = [embed.load_photo(CLIP, PHOTOS[row], np.random.default_rng([1, 2, row]), 0.3) for row in (2, 0)]
@@ -283,8 +303,9 @@ def test_random_crops_hang_on_seed_epoch_and_row_alone(tmp_path, capsys, method)
     torch.multiprocessing.set_start_method(method, force=True)
     batches = embed.decoded(CLIP, [*PHOTOS, tmp_path / "none.jpg"], [[2], [0, 6]], 2, (1, 2, 0.3))
     images, readable = map(torch.cat, zip(*batches, strict=True))
-    assert torch.equal(images, expected) and readable.tolist() == [True, True, False]
     torch.multiprocessing.set_start_method("fork", force=True)
+    assert torch.equal(images, expected) and readable.tolist() == [True, True, False]
+    assert misfit.exists() == (method != "fork")
     assert not glob.glob("/dev/shm/torch_*")  # Docker gives shared memory 64 MB: no batch must go through it
     assert torch.equal(torch.get_rng_state(), state)
     assert capsys.readouterr().err.count("none.jpg: cannot be read") == 1
