@@ -134,7 +134,7 @@ def test_memory_is_bounded():
     assert peak < scores.nbytes / 2
 
 
-# --- zero-shot, linear probe -------------------------------------------------------------------------------------------
+# --- zero-shot, linear probe ------------------------------------------------------------------------------------------
 
 def test_zero_shot_plain_and_centred():
     """Unit embeddings (1, 0), (0, 1) of both sides, minus their mean (1/2, 1/2): (1/2, -1/2), (-1/2, 1/2)."""
