@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 import shutil
+import sys
 import types
 from contextlib import contextmanager
 from itertools import product
@@ -12,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from forked import result_of
 from safetensors.torch import load_file
 from test_adapter_rp import leaf, load_once, optimiser_steps, outcome, same, same_under_autocast, targets_of, without
@@ -23,6 +25,9 @@ import metrics
 import run
 import scenes
 import sspa
+
+sys.path.append(str(REPOSITORY / "experiments"))
+import curve
 
 
 def config_of(words=""):
@@ -346,6 +351,25 @@ def test_features_in_the_order_of_labels(files):
     swapped = outcome(adapter_rp, f"{words} --labels {files}/swapped.txt")["per_class"]
     for one, other in zip(swapped[::-1], outcome(adapter_rp, words)["per_class"], strict=True):
         assert one | {"ap": 0} == other | {"ap": 0}
+
+
+def test_curve_chooses_on_a_fifth_of_the_training_pictures(cache, tmp_path, monkeypatch):
+    """Ten pictures, seeds 0 and 1: all of them by default, then two candidates on eight, tested on the other two."""
+    monkeypatch.setattr(curve, "COUNTS", (10,))
+    monkeypatch.setattr(curve, "STEPS", (1, 3))
+    train = mock.Mock(wraps=sspa.train)
+    evaluate = mock.Mock(wraps=sspa.evaluate)
+    monkeypatch.setattr(sspa, "train", train)
+    monkeypatch.setattr(sspa, "evaluate", evaluate)
+    monkeypatch.setattr(sspa, "default_epochs", lambda *_: 2)
+    curve.main(f"--seed 0 1 --test-count 30 --quiet --cpu --workers 0 --cache {cache} --output {tmp_path}".split())
+    learnt = [set(call.args[3].photos) for call in train.call_args_list]
+    tested = [set(call.args[3].photos) for call in evaluate.call_args_list]
+    assert [len(photos) for photos in learnt] == [10, 10, 8, 8, 10, 8, 8, 10]
+    for some, others in zip(learnt, tested, strict=True):
+        assert len(others) == 30 or some | others == learnt[0] and not some & others
+    default, steps, probe = json.loads((tmp_path / "curve.json").read_text())["rows"]
+    assert default["chosen"] == [None, None] and set(steps["chosen"]) <= {1, 3} and len(probe["mAP"]) == 2
 
 
 # --- both methods: what a run leaves ----------------------------------------------------------------------------------
