@@ -1,6 +1,6 @@
 """SSPA's learning curve beside the linear probe's, with nothing chosen on the test pictures.
 
-    python experiments/curve.py --seed 0 1 2 --output D        9 minutes on two cores, drawn scenes; options of sspa.py
+    python experiments/curve.py --seed 0 1 2 --output D        some ten minutes, drawn scenes; options of sspa.py
 
 From 50 to 1,000 labelled pictures learn, the image tower frozen: SSPA with its default number of epochs; SSPA with the
 number of steps, and the linear probe with the C, whose mAP is best on a fifth of these pictures after learning from the
