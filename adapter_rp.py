@@ -352,9 +352,12 @@ def load_inputs(config, names):
 
 
 def only_labels(inputs, columns):
-    """Inputs of training that sees these columns of the labels alone: texts that name none of them are left out."""
+    """Inputs of training that sees these columns of the labels alone, as if no others were asked for: texts that name
+    none of them are left out, but where there are few labels."""
     text_labels = inputs.text_labels[:, columns]
     rows = (text_labels != 0).any(1)
+    if len(columns) < data.FEW:
+        rows[:] = True
     return inputs._replace(label_embeddings=inputs.label_embeddings[columns], text_labels=text_labels[rows],
                            text_embeddings=inputs.text_embeddings[rows])
 
@@ -419,12 +422,12 @@ def train(config, inputs, seed, device, folder):
 # --- score ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(config, adapter, inputs, device, rows=8192):
-    """Scores on the test photos, no noise -> dict for metrics.json"""
+    """Scores on the test photos, no noise -> (dict for metrics.json, the logits that rank [M, C])"""
     images = prepared(config, inputs.image_embeddings)
     label_embeddings = inputs.label_embeddings.to(device)
     logits = torch.cat([adapter(part.to(device), label_embeddings).cpu() for part in images.split(rows)])    # [M, C]
     scores = torch.sigmoid(logits.double())  # the logits rank: a sigmoid rounds large ones to ties
-    return run.measure(logits, scores, probabilities_of(config, scores), inputs.image_labels)
+    return run.measure(logits, scores, probabilities_of(config, scores), inputs.image_labels), logits
 
 
 def load_adapter(config, path, stored, metadata, names, encoder, encoder_key):
@@ -487,7 +490,10 @@ def main(argv):
 
     # ============ embeddings of labels, texts and test photos ============
     names = names_of(config)
-    trained = run.without_unseen(config, names)
+    if config.checkpoint:
+        trained = metadata["names"]
+    else:
+        trained = run.without_unseen(config, names)
     if config.features:
         inputs = load_inputs(config, names)
     else:
@@ -496,16 +502,19 @@ def main(argv):
         return
 
     # ============ what somebody would try first ============
-    first_tries = baselines.NONE
+    scores = {}
     if inputs.image_labels is not None:
-        first_tries = baselines.zero_shot(inputs.label_embeddings, inputs.image_embeddings, inputs.image_labels)
+        scores = {"truth": torch.from_numpy(inputs.image_labels)}
+        scores |= baselines.zero_shot(inputs.label_embeddings, inputs.image_embeddings)
         if not config.no_probe and not config.unseen and not config.checkpoint:
-            first_tries |= baselines.linear_probe_scored(inputs.text_embeddings, inputs.text_labels,
-                                                         inputs.image_embeddings, inputs.image_labels)
+            scores |= baselines.linear_probe_where_quick(inputs.text_embeddings, inputs.text_labels,
+                                                         inputs.image_embeddings)
 
     # ============ the record ============
-    if not record:
-        record = run.new_record("rp", config, argv, device, names, trained, inputs.image_labels, first_tries)
+    if record:
+        scores |= run.earlier_scores(folder)
+    else:
+        record = run.new_record("rp", config, argv, device, names, trained, scores)
         record |= {"backbone": inputs.encoder, "policy": inputs.policy, "texts": inputs.texts_from,
                    "text_count": len(inputs.text_labels)}
         run.begin(folder, record)
@@ -526,9 +535,10 @@ def main(argv):
                                 settings=record["config"], encoder=inputs.encoder, encoder_key=inputs.encoder_key)
         result = {"seed": seed}
         if inputs.image_labels is not None:
-            result |= evaluate(config, adapter, inputs, device)
+            measures, scores[f"seed {seed}"] = evaluate(config, adapter, inputs, device)
+            result |= measures
         record["runs"].append(result)
-        run.end_seed(folder, record, began)
+        run.end_seed(folder, record, began, scores)
     report(record)
 
 

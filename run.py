@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from tqdm import tqdm
 
@@ -39,6 +40,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 PLAIN_SECONDS = 60  # between lines about a training where stderr is no terminal
 END_SECONDS = float(os.environ.get("END_SECONDS", 5))  # torchrun ends all processes sooner when one has ended
 LOST = "another process has ended, or cannot be reached; its own line, or torchrun's, says why"
+FIRST_TRIES = {"zero_shot": "zero-shot (cosine)", "zero_shot_centred": "zero-shot, both sides centred",
+               "linear_probe": "linear probe of its training data"}  # what baselines.py gives, and its row
 
 
 class Diverged(Exception):
@@ -237,6 +240,8 @@ def open_folder(config, default):
         then = dict(record["config"])
         finished = record["finished"]
         record["runs"] = [one for one in record["runs"] if one["seed"] in config.seed]
+    if config.epochs is None:  # their number depends on that of the photos
+        config.epochs = record.get("default_epochs")
     now = settings_of(config)
     differ = [f"{name} {then.get(name)}, not {now.get(name)}" for name in then | now if then.get(name) != now.get(name)]
     if differ:
@@ -251,13 +256,23 @@ def begin(folder, record):
     """Just before training: deletes the files of the run before, and writes the new record."""
     if folder and RANK == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        for name in ("metrics.json", "resume.pt", "checkpoint.safetensors", "log.jsonl"):
+        for name in ("metrics.json", "scores.safetensors", "resume.pt", "checkpoint.safetensors", "log.jsonl"):
             (folder / name).unlink(missing_ok=True)
         data.write_json(folder / "metrics.json", record)
 
 
-def end_seed(folder, record, began):
-    """metrics.json with another seed in record["runs"], and the means over all of them. began: start time"""
+def earlier_scores(folder):
+    """What end_seed kept when this run was interrupted -> {name: [M, C]}. Raises UsageError for a damaged file."""
+    path = folder / "scores.safetensors"
+    if not path.is_file():
+        return {}
+    with data.reading(path, "scores", "delete it to do without them, or add --overwrite to begin anew"):
+        return load_file(path)
+
+
+def end_seed(folder, record, began, scores):
+    """metrics.json with another seed in record["runs"], and the means over all of them; scores.safetensors. began:
+    start time; scores: {name: [M, C]}, kept as float32 (truth: as int8), empty without test photos"""
     runs = record["runs"]
     record["seconds"] = round(time.time() - began, 2)
     record["peak_memory_mib"] = peak_memory_mib()
@@ -267,6 +282,12 @@ def end_seed(folder, record, began):
         for column, label in enumerate(record["per_class"]):
             label["ap"], _ = spread([one["ap"][column] for one in runs])
     if folder and RANK == 0:
+        if scores:
+            content = {}
+            for name, tensor in scores.items():
+                kind = torch.int8 if name == "truth" else torch.float32
+                content[name] = tensor.to(kind).contiguous()
+            data.write_atomically(folder / "scores.safetensors", to_safetensors(content))
         data.write_json(folder / "metrics.json", record)
         (folder / "resume.pt").unlink(missing_ok=True)
 
@@ -494,17 +515,23 @@ def commit():
         return "unknown"
 
 
-def new_record(method, config, argv, device, names, trained, truth, first_tries):
-    """metrics.json before the first seed is done. names: all labels; trained: those that are learnt; truth: labels of
-    the test photos [N, C], None without any; first_tries: of baselines.zero_shot -> dict"""
+def new_record(method, config, argv, device, names, trained, scores):
+    """metrics.json before the first seed is done. names: all labels; trained: those that are learnt; scores: {"truth":
+    labels of the test photos [M, C], and what baselines.py gives}, empty without test photos -> dict"""
+    photo_count = 0
+    positives = [None] * len(names)
+    zero_shot_ap = [None] * len(names)
+    first_tries = {f"{name}_mAP": None for name in FIRST_TRIES}
+    if scores:
+        truth = scores["truth"].numpy()
+        photo_count = len(truth)
+        positives = (truth == 1).sum(0).tolist()
+        zero_shot_ap = (100 * metrics.average_precision(scores["zero_shot"].numpy(), truth)).tolist()
+        for name in FIRST_TRIES.keys() & scores.keys():
+            first_tries[f"{name}_mAP"] = metrics.mean_average_precision(scores[name].numpy(), truth)
     per_class = []
-    for column, name in enumerate(names):
-        positives = zero_shot_ap = None
-        if truth is not None:
-            positives = int((truth[:, column] == 1).sum())
-            zero_shot_ap = first_tries["zero_shot_ap"][column]
-        per_class.append({"name": name, "positives": positives, "ap": None, "zero_shot_ap": zero_shot_ap,
-                          "trained": name in trained})
+    for name, count, ap in zip(names, positives, zero_shot_ap, strict=True):
+        per_class.append({"name": name, "positives": count, "ap": None, "zero_shot_ap": ap, "trained": name in trained})
     machine = platform.processor() or platform.machine()
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -521,9 +548,8 @@ def new_record(method, config, argv, device, names, trained, truth, first_tries)
         "device": machine,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         "label_count": len(names),
-        "photo_count": 0 if truth is None else len(truth),
-        "zero_shot_mAP": first_tries["zero_shot_mAP"],
-        "linear_probe_mAP": first_tries["linear_probe_mAP"],
+        "photo_count": photo_count,
+        **first_tries,
         "mAP": None,
         "mAP_std": None,
         "per_class": per_class,
@@ -561,9 +587,10 @@ def report(record, row, learnt_from):
         print("(no test photos for these labels: nothing to score; --dataset names a set that has them)")
         return
     print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}{'macro F1 %':>12}")
-    print(f"{'zero-shot (cosine)':<34}{record['zero_shot_mAP']:8.2f}")
-    if record["linear_probe_mAP"] is not None:
-        print(f"{'linear probe of its training data':<34}{record['linear_probe_mAP']:8.2f}")
+    for name, words in FIRST_TRIES.items():
+        mAP = record.get(f"{name}_mAP")
+        if mAP is not None:
+            print(f"{words:<34}{mAP:8.2f}")
     deviation = f" ±{record['mAP_std']:4.2f}" if len(runs) > 1 else ""
     print(f"{row:<34}{record['mAP']:8.2f}{deviation:6}{f1s(runs, 'threshold_0.5')}")
     score_error, _ = spread([one["score"]["calibration error"] for one in runs])
@@ -578,6 +605,8 @@ def report(record, row, learnt_from):
         return
     for trained, words in ((True, "trained on"), (False, "never trained on")):
         some = [one for one in record["per_class"] if one["trained"] == trained and one["positives"]]
+        if not some:
+            continue
         own = np.mean([one["ap"] for one in some])
         zero_shot = np.mean([one["zero_shot_ap"] for one in some])
         print(f"  {len(some)} labels {words}: mAP {own:.2f}, zero-shot {zero_shot:.2f}")

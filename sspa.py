@@ -87,7 +87,8 @@ class Config(run.Options):
     image_lr_factor: float = option(0.1, "times --lr: that of a tuned image tower [author D11]", type=run.NOT_NEGATIVE)
     ema: float = option(0.9997, "the model is a moving average over steps, near 1 of more [author D11]",
                         type=run.SHARE)
-    epochs: int = option(20, "passes over the training photos [choice D12]", type=run.COUNT)
+    epochs: int = option(None, "passes over the training photos (default: 20, or as many as 150 steps take) "
+                         "[choice D12]", type=run.COUNT)
     batch_size: int = option(64, "photos a step, over all processes [choice D12]", type=run.COUNT)
 
 
@@ -685,6 +686,12 @@ def optimiser_of(config, model):
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=WEIGHT_DECAY, fused=config.impl == "fused")
 
 
+def default_epochs(count, batch_size):
+    """--epochs where it is not given: 20, but of few photos as many as 150 steps take.  [choice D12]"""
+    steps = max(1, count // batch_size)
+    return max(20, math.ceil(150 / steps))
+
+
 def warm_up_then_cosine(step, total_steps):
     """Share of the peak learning rate: the product of both; the cosine falls from the first step on.  [choice D11]"""
     warm_up = min(1, (step + 1) / max(1, WARM_UP * total_steps))
@@ -778,7 +785,7 @@ def score(config, clip, model, photos):
 
 
 def evaluate(config, clip, model, photos):
-    """-> dict for metrics.json: what run.measure gives, and the mAP of each branch that is on"""
+    """-> (dict for metrics.json: what run.measure gives, and the mAP of each branch that is on; scores [N, C])"""
     global_logits, regional_logits = score(config, clip, model, photos)
     scores = branch_scores(config.branches, global_logits, regional_logits)
     truth = photos.labels.numpy()
@@ -787,7 +794,7 @@ def evaluate(config, clip, model, photos):
         result["mAP_global"] = metrics.mean_average_precision(global_logits.numpy(), truth)
     if config.branches != "global":
         result["mAP_regional"] = metrics.mean_average_precision(regional_logits.numpy(), truth)
-    return result
+    return result, scores
 
 
 def load_sspa(config, path, stored, metadata, clip, names):
@@ -851,7 +858,10 @@ def main(argv):
 
     # ============ labels and photos: what is missing is said at once ============
     names = names_of(config)
-    trained = run.without_unseen(config, names)
+    if config.checkpoint:
+        trained = metadata["names"]
+    else:
+        trained = run.without_unseen(config, names)
     test_found = data.load_photos(config.dataset, config.data_root, "test", config.test_count, config.policy)
     photo_count = len(test_found.photos)
     if not config.checkpoint:
@@ -862,27 +872,30 @@ def main(argv):
     clip = run.load_clip(config, device)
     check_clip(clip)
     if config.checkpoint:
-        run.check_fits(config.checkpoint, metadata, metadata["names"], clip.name, clip.key)
+        run.check_fits(config.checkpoint, metadata, trained, clip.name, clip.key)
     else:
         labels = labels_of(config, clip, trained)
     kept = features_are_kept(config, clip, photo_count)
     test_photos = with_features(config, clip, test_found, names, kept)
-    train_photos = None
+    train_count = 0
     if not config.checkpoint:
         train_photos = with_features(config, clip, train_found, trained, kept)
+        train_count = len(train_photos.photos)
+        config.epochs = config.epochs or default_epochs(train_count, config.batch_size)
 
     # ============ baselines: what somebody would try first ============
     prompts = embed.embed_texts(clip, [f"a photo of a {name}." for name in names], config.cache)
-    truth = test_photos.labels.numpy()
-    first_tries = baselines.zero_shot(prompts, test_photos.x0, truth)
-    if train_photos and not config.no_probe and not config.unseen:
-        first_tries |= baselines.linear_probe_scored(train_photos.x0, train_photos.labels, test_photos.x0, truth)
+    scores = {"truth": test_photos.labels, **baselines.zero_shot(prompts, test_photos.x0)}
+    if train_count and not config.no_probe and not config.unseen:
+        scores |= baselines.linear_probe_where_quick(train_photos.x0, train_photos.labels, test_photos.x0)
 
     # ============ the record ============
-    if not record:
-        record = run.new_record("sspa", config, argv, device, names, trained, truth, first_tries)
-        record |= {"backbone": clip.name, "policy": test_photos.policy,
-                   "train_count": len(train_photos.photos) if train_photos else 0}
+    if record:
+        scores |= run.earlier_scores(folder)
+    else:
+        record = run.new_record("sspa", config, argv, device, names, trained, scores)
+        record |= {"backbone": clip.name, "policy": test_photos.policy, "train_count": train_count,
+                   "default_epochs": default_epochs(train_count, config.batch_size)}
         run.begin(folder, record)
 
     # ============ train and score ============
@@ -897,8 +910,9 @@ def main(argv):
                                 settings=record["config"], encoder=clip.name, encoder_key=clip.key)
             if config.unseen:
                 model.set_labels(labels_of(config, clip, names))  # nothing that is learnt belongs to a label
-        record["runs"].append({"seed": seed, **evaluate(config, clip, model, test_photos)})
-        run.end_seed(folder, record, began)
+        measures, scores[f"seed {seed}"] = evaluate(config, clip, model, test_photos)
+        record["runs"].append({"seed": seed, **measures})
+        run.end_seed(folder, record, began, scores)
     report(record)
 
 

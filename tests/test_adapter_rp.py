@@ -187,7 +187,16 @@ def test_normalize(tmp_path):
     adapter = rp.Adapter(10, 4, 0)
     shorter = INPUTS._replace(image_embeddings=TEXTS)
     found = [rp.evaluate(config_of("--normalize"), adapter, inputs, CPU) for inputs in (INPUTS, shorter)]
-    assert found[0] == found[1]
+    assert found[0][0] == found[1][0]
+
+
+@pytest.mark.parametrize("seen, kept", [(5, 5), (4, 7)])
+def test_texts_of_unseen_labels_are_trained_on_where_labels_are_few(seen, kept):
+    """Seven texts of a label each: what names no seen label is left out, but fewer than data.FEW need it."""
+    inputs = INPUTS._replace(label_embeddings=torch.eye(7), text_embeddings=torch.eye(7),
+                             text_labels=torch.eye(7, dtype=torch.int8))
+    found = rp.only_labels(inputs, list(range(seen)))
+    assert found.text_labels.shape == (kept, seen) and len(found.text_embeddings) == kept
 
 
 def test_learning_rate_and_weight_decay(tmp_path):

@@ -134,7 +134,14 @@ def test_memory_is_bounded():
     assert peak < scores.nbytes / 2
 
 
-# --- linear probe -----------------------------------------------------------------------------------------------------
+# --- zero-shot, linear probe ------------------------------------------------------------------------------------------
+
+def test_zero_shot_plain_and_centred():
+    """Unit embeddings (1, 0), (0, 1) of both sides, minus their mean (1/2, 1/2): (1/2, -1/2), (-1/2, 1/2)."""
+    found = baselines.zero_shot(torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([[5.0, 0], [0, 1]]))
+    assert found["zero_shot"].tolist() == [[1, 0], [0, 1]]
+    torch.testing.assert_close(found["zero_shot_centred"], torch.tensor([[1.0, -1], [-1, 1]]))
+
 
 @pytest.mark.parametrize("strength", [0.5, 100])
 def test_linear_probe_equals_sklearn(strength):
@@ -155,9 +162,8 @@ def test_linear_probe_equals_sklearn(strength):
     assert found[:, 2].isfinite().all() and found[:, 2].max() < -5
 
 
-@pytest.mark.parametrize("limit, names", [(48, ["linear_probe_mAP"]), (47, [])])
+@pytest.mark.parametrize("limit, names", [(48, ["linear_probe"]), (47, [])])
 def test_linear_probe_is_skipped_where_it_takes_long(limit, names, monkeypatch):
     monkeypatch.setattr(baselines, "PROBE_LIMIT", limit)
     rows = torch.eye(6, 4)
-    truth = rows[:, :2]
-    assert list(baselines.linear_probe_scored(rows, truth, rows, truth.numpy())) == names
+    assert list(baselines.linear_probe_where_quick(rows, rows[:, :2], rows)) == names

@@ -4,13 +4,18 @@ import inspect
 import json
 import re
 import shutil
+import sys
 import types
+from contextlib import contextmanager
 from itertools import product
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
+from forked import result_of
+from safetensors.torch import load_file
 from test_adapter_rp import leaf, load_once, optimiser_steps, outcome, same, same_under_autocast, targets_of, without
 
 import adapter_rp
@@ -20,6 +25,9 @@ import metrics
 import run
 import scenes
 import sspa
+
+sys.path.append(str(REPOSITORY / "experiments"))
+import curve
 
 
 def config_of(words=""):
@@ -343,6 +351,116 @@ def test_features_in_the_order_of_labels(files):
     swapped = outcome(adapter_rp, f"{words} --labels {files}/swapped.txt")["per_class"]
     for one, other in zip(swapped[::-1], outcome(adapter_rp, words)["per_class"], strict=True):
         assert one | {"ap": 0} == other | {"ap": 0}
+
+
+def test_curve_chooses_on_a_fifth_of_the_training_pictures(cache, tmp_path, monkeypatch):
+    """Ten pictures, seeds 0 and 1: all of them by default, then two candidates on eight, tested on the other two."""
+    monkeypatch.setattr(curve, "COUNTS", (10,))
+    monkeypatch.setattr(curve, "STEPS", (1, 3))
+    train = mock.Mock(wraps=sspa.train)
+    evaluate = mock.Mock(wraps=sspa.evaluate)
+    monkeypatch.setattr(sspa, "train", train)
+    monkeypatch.setattr(sspa, "evaluate", evaluate)
+    monkeypatch.setattr(sspa, "default_epochs", lambda *_: 2)
+    curve.main(f"--seed 0 1 --test-count 30 --quiet --cpu --workers 0 --cache {cache} --output {tmp_path}".split())
+    learnt = [set(call.args[3].photos) for call in train.call_args_list]
+    tested = [set(call.args[3].photos) for call in evaluate.call_args_list]
+    assert [len(photos) for photos in learnt] == [10, 10, 8, 8, 10, 8, 8, 10]
+    for some, others in zip(learnt, tested, strict=True):
+        assert len(others) == 30 or some | others == learnt[0] and not some & others
+    default, steps, probe = json.loads((tmp_path / "curve.json").read_text())["rows"]
+    assert default["chosen"] == [None, None] and set(steps["chosen"]) <= {1, 3} and len(probe["mAP"]) == 2
+
+
+# --- both methods: what a run leaves ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def call(monkeypatch, cache, tmp_path):
+    """call(script, "words") -> the folder of that run, in this process"""
+    monkeypatch.setattr(embed, "load_clip", load_once)
+    monkeypatch.setattr(data, "hold", lambda *_: None)  # this process has it already
+
+    def run_in(script, words, folder=tmp_path):
+        script.main([*words.split(), "--cpu", "--quiet", "--workers", "0", "--cache", cache, "--output", str(folder)])
+        return folder
+    return run_in
+
+
+@contextmanager
+def interrupted(epoch):
+    """Training stops like that after so many epochs."""
+    ends = [None] * epoch + [KeyboardInterrupt]
+    with mock.patch("run.Progress.end_epoch", side_effect=ends), pytest.raises(KeyboardInterrupt):
+        yield
+
+
+@pytest.mark.parametrize("script", USUAL)
+def test_scores_are_kept(call, script):
+    """Interrupted in the second seed: afterwards every mAP of metrics.json can be had from the file, the first one's,
+    too."""
+    words = f"{USUAL[script]} --seed 0 1"
+    with interrupted(2):
+        call(script, words)
+    folder = call(script, words)
+    scores = load_file(folder / "scores.safetensors")
+    truth = scores.pop("truth")
+    assert truth.dtype == torch.int8 and {tensor.dtype for tensor in scores.values()} == {torch.float32}
+    record = result_of(folder)
+    expected = {f"seed {one['seed']}": one["mAP"] for one in record["runs"]}
+    for name in ("zero_shot", "zero_shot_centred", "linear_probe"):
+        expected[name] = record[f"{name}_mAP"]
+    found = {name: metrics.mean_average_precision(tensor.numpy(), truth.numpy()) for name, tensor in scores.items()}
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("script", USUAL)
+def test_damaged_scores_are_refused_before_training(call, tmp_path, script):
+    words = f"{USUAL[script]} --seed 0 1"
+    with interrupted(2):
+        call(script, words)
+    (tmp_path / "scores.safetensors").write_bytes(b"no scores")
+    with pytest.raises(data.UsageError, match=f"scores {tmp_path}/scores.safetensors: .*; delete it"):
+        call(script, words)
+    with interrupted(0):
+        call(script, f"{words} --overwrite")
+    assert not (tmp_path / "scores.safetensors").exists()
+
+
+@pytest.mark.parametrize("count, epochs", [(1, 150), (64, 150), (128, 75), (500, 22), (512, 20), (20_000, 20)])
+def test_few_photos_get_more_epochs(count, epochs):
+    """22 epochs of 7 steps are the fewest of at least 150."""
+    assert sspa.default_epochs(count, 64) == epochs
+
+
+def test_default_epochs_are_recorded_and_gone_on_with(call, tmp_path):
+    """A run of as many is the same run, one of any others is another."""
+    few = "--tune-image none --train-count 4 --test-count 8"
+    with interrupted(0):
+        call(sspa, few)
+    assert result_of(tmp_path)["config"]["epochs"] == 150
+    for words in (few, f"{few} --epochs 150"):
+        with interrupted(3):
+            call(sspa, words)
+    with pytest.raises(data.UsageError, match=r"\(epochs 150, not 20\)"):
+        call(sspa, f"{few} --epochs 20")
+    with interrupted(0):
+        call(sspa, f"{few} --epochs 3 --overwrite")
+    with pytest.raises(data.UsageError, match=r"\(epochs 3, not 150\)"):
+        call(sspa, few)
+
+
+@pytest.mark.parametrize("script, more", [(adapter_rp, "--head label-embedding"), (sspa, "")])
+def test_a_checkpoint_knows_what_it_was_trained_on(files, call, tmp_path, capsys, script, more):
+    """Scored on other labels beside its own, and on others alone."""
+    (tmp_path / "others.txt").write_text("cup\nball")
+    call(script, f"{USUAL[script]} {more} --labels {files}/few.txt --dataset scenes", tmp_path / "run")
+    words = f"--checkpoint {tmp_path}/run/checkpoint.safetensors --dataset scenes --test-count 40"
+    record = result_of(call(script, words, tmp_path / "all"))
+    assert [label["name"] for label in record["per_class"] if label["trained"]] == ["sun", "moon"]
+    assert re.search("2 labels trained on.*\n.*16 labels never trained on", capsys.readouterr().out)
+    call(script, f"{words} --labels {tmp_path}/others.txt", tmp_path / "others")
+    stdout = capsys.readouterr().out
+    assert "2 labels never trained on" in stdout and "labels trained on" not in stdout and "nan" not in stdout
 
 
 # --- both methods: options and marked constants -----------------------------------------------------------------------

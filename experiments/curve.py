@@ -1,0 +1,88 @@
+"""SSPA's learning curve beside the linear probe's, with nothing chosen on the test pictures.
+
+    python experiments/curve.py --seed 0 1 2 --output D        some ten minutes, drawn scenes; options of sspa.py
+
+From 50 to 1,000 labelled pictures learn, the image tower frozen: SSPA with its default number of epochs; SSPA with the
+number of steps, and the linear probe with the C, whose mAP is best on a fifth of these pictures after learning from the
+others, and which then learn from all. The seed draws the fifth, too. Writes D/curve.json and prints mAP on the test
+pictures, percent, and what was chosen.
+"""
+import itertools
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import baselines
+import data
+import metrics
+import run
+import sspa
+
+COUNTS = (50, 100, 250, 500, 1000)
+STEPS = (75, 150, 300)  # 600 would double the time
+STRENGTHS = (0.01, 0.1, 1, 10, 100)  # C of the probe
+
+
+def main(argv):
+    began = time.time()
+    frozen = ["--tune-image", "none", "--lr", "6e-3"]
+    config = run.parse(sspa.Config, [*frozen, *argv], "Learning curves of SSPA and of the linear probe.", "")
+    device = run.set_up(config)
+    folder = Path(config.output or "runs/curve")
+    names = sspa.names_of(config)
+    clip = run.load_clip(config, device)
+    labels = sspa.labels_of(config, clip, names)
+
+    def features(found):
+        return sspa.with_features(config, clip, found, names, True)  # from the cache, but the first time
+
+    def sspa_mAP(photos, tested, seed, steps):
+        count = len(photos.photos)
+        config.epochs = sspa.default_epochs(count, config.batch_size)
+        if steps:
+            config.epochs = math.ceil(steps / max(1, count // config.batch_size))
+        with tempfile.TemporaryDirectory() as place:
+            model = sspa.train(config, clip, labels, photos, seed, Path(place))
+        measures, _ = sspa.evaluate(config, clip, model, tested)
+        return measures["mAP"]
+
+    def probe_mAP(photos, tested, seed, strength):
+        logits = baselines.linear_probe(photos.x0, photos.labels, tested.x0, strength)
+        return metrics.mean_average_precision(logits.numpy(), tested.labels.numpy())
+
+    def best(mAP, candidates, found, seed):
+        """What scores best on a fifth of the photos after learning from the others"""
+        count = len(found.photos)
+        order = np.random.default_rng(seed).permutation(count)
+        fifth = features(found.at(order[:count // 5]))
+        others = features(found.at(order[count // 5:]))
+        return max(candidates, key=lambda candidate: mAP(others, fifth, seed, candidate))
+
+    rows = []
+    tested = features(data.load_photos(config.dataset, config.data_root, "test", config.test_count))
+    ways = (("SSPA, default epochs", sspa_mAP, None), ("SSPA, steps by a held-out fifth", sspa_mAP, STEPS),
+            ("linear probe, C by a held-out fifth", probe_mAP, STRENGTHS))
+    print(f"{'':<40}{'pictures':>8}{'mAP %':>16}   chosen")
+    for count, (name, mAP, candidates) in itertools.product(COUNTS, ways):
+        found = data.load_photos(config.dataset, config.data_root, "train", count)
+        chosen = []
+        mAPs = []
+        for seed in config.seed:
+            choice = candidates and best(mAP, candidates, found, seed)
+            chosen.append(choice)
+            mAPs.append(mAP(features(found), tested, seed, choice))
+        rows.append({"name": name, "photos": count, "chosen": chosen, "mAP": mAPs})
+        print("{:<40}{:8,}{:9.2f} ± {:4.2f}  ".format(name, count, *run.spread(mAPs)), *chosen, flush=True)
+    data.write_json(folder / "curve.json", {
+        "command": " ".join(["python experiments/curve.py", *argv]), "commit": run.commit(), "device": str(device),
+        "seconds": time.time() - began, "dataset": config.dataset, "seeds": config.seed, "rows": rows})
+
+
+if __name__ == "__main__":
+    with run.exit_codes("experiments/curve.py") as arguments:
+        main(arguments)
