@@ -71,7 +71,7 @@ experiments() {
 
     # SSPA on scenes: the whole, number of photos, ablations, where maps point
     sspa scenes --tune-image none --save-all
-    once curve curve.json experiments/curve.py
+    once curve curve.json experiments/curve.py --seed ${SEEDS:-0 1 2}
     ablations=("" "--fusion knowledge" "--fusion context" "--fusion sum" "--fusion concat" "--no-dsf" "--no-gate" \
                "--alignment none" "--descriptions none" "--aggregator mean" "--branches global")
     for ablation in "${ablations[@]}"; do
