@@ -274,8 +274,12 @@ def read_papers(path):
 
 # --- tables; rows without anything are left out of them in the end ----------------------------------------------------
 def number(runs, place):
-    """place: "RUN/METRIC", or "RUN": its mAP -> cell: [mean, std], or why there is none; "" where none is expected"""
-    name, _, metric = place.partition("/")
+    """place: "RUN/METRIC", "RUN": its mAP, or "PLACE - PLACE": the difference -> cell, or why there is none; "" where none
+    is expected"""
+    one, minus, _ = place.partition(" - ")
+    name, _, metric = one.partition("/")
+    if minus:
+        metric = place
     run = runs.get(name, {"numbers": {}})
     if "reason" in run:
         return textwrap.shorten(run["reason"], 80, placeholder=" ...")
@@ -307,7 +311,7 @@ def headline(runs):
 def differences(runs, claims=CLAIMS, title="What is claimed, on the same test photos"):
     rows = []
     for words, one, other in compared(claims):
-        cell = number(runs, f"{one.partition('/')[0]}/{one} - {other}")
+        cell = number(runs, f"{one} - {other}")
         if isinstance(cell, list):
             gain, error, low, high = cell
             verdict = "not resolved"
@@ -494,7 +498,7 @@ def filled_in(text, runs):
         if kind == "table":
             content = "\n" + markdown(tables[name])
         elif kind == "number":
-            content = shown(number(runs, name))
+            content = shown(number(runs, name), with_interval=True)
         else:
             content = f"{runs[name]['seconds'] / 60:.0f}"
         return f"<!-- {kind} {name} -->{content}<!-- end -->"
