@@ -81,8 +81,8 @@ experiments() {
 
     # UCM, whole, aerial photos, with the toy CLIP, which knows drawn things alone
     if ! [ "$plan" ]; then  # a sentence a line
-        python -c 'import json; print(*json.load(open("assets/descriptions/ucm.json"))["descriptions"].values(), sep="\n")' \
-            > "$RUNS/ucm-descriptions.txt"
+        python -c 'import json, sys; print(*json.load(sys.stdin)["descriptions"].values(), sep="\n")' \
+            < assets/descriptions/ucm.json > "$RUNS/ucm-descriptions.txt"
     fi
     rp ucm-toy --backbone scenes
     rp ucm-toy-descriptions --backbone scenes --texts "$RUNS/ucm-descriptions.txt" --epochs 480

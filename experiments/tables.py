@@ -234,7 +234,8 @@ def add_intervals(runs):
             if run["numbers"].get(metric):
                 run["numbers"][metric] += intervals.bounds(values.mean(0))
                 places[f"{name}/{metric}"] = values
-                places[name] = places[f"{name}/mAP"]
+                if metric == "mAP":
+                    places[name] = values
     for _, one, other in compared(CLAIMS | PARTS):
         if one in places and other in places:
             numbers = runs[one.partition("/")[0]]["numbers"]
@@ -274,8 +275,8 @@ def read_papers(path):
 
 # --- tables; rows without anything are left out of them in the end ----------------------------------------------------
 def number(runs, place):
-    """place: "RUN/METRIC", "RUN": its mAP, or "PLACE - PLACE": the difference -> cell, or why there is none; "" where none
-    is expected"""
+    """place: "RUN/METRIC", "RUN": its mAP, or "PLACE - PLACE": the difference -> cell, or why there is none; "" where
+    none is expected"""
     one, minus, _ = place.partition(" - ")
     name, _, metric = one.partition("/")
     if minus:

@@ -117,7 +117,8 @@ def test_intervals_and_claims(write_run, tmp_path):
     truth = (np.arange(40) % 2)[:, None].astype(np.int8)
     good = (truth + np.linspace(-0.6, 0.6, 40)[:, None]).astype(np.float32)
     for name, scores in (("rp-scenes", good), ("rp-scenes--noise-std-0", -good)):
-        write_run(name, [60.0, 61.0], {"truth": truth, "seed 0": scores, "seed 1": scores, "zero_shot": good})
+        kept = {"linear_probe": good, "seed 0": scores, "seed 1": scores, "truth": truth, "zero_shot": good}
+        write_run(name, [60.0, 61.0], kept)
     runs = tables.look(tmp_path)
     low, high = tables.number(runs, "rp-scenes")[2:]
     assert low < 100 * metrics.average_precision(good, truth)[0] < high <= 100
@@ -125,6 +126,9 @@ def test_intervals_and_claims(write_run, tmp_path):
     assert rows["RP: noise 0.15 against none (scenes)"][-2:] == ["0.00", "yes"]
     assert rows["RP against zero-shot (scenes)"][2:] == ["+0.00", "+0.00 to +0.00", "0.00", "not resolved"]
     assert "[" not in tables.markdown(tables.rp_noise(runs))
+    for error, low in ((0.6, 0.5), (0.1, -0.5)):
+        runs["rp-scenes"]["numbers"]["rp-scenes - rp-scenes--noise-std-0"] = [1.0, error, low, 1.5]
+        assert tables.differences(runs).rows[0][-1] == "not resolved"
     assert f"60.50 ± 0.71 [{low:.1f}, {high:.1f}]" in tables.markdown(tables.headline(runs))
 
 
