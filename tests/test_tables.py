@@ -126,8 +126,8 @@ def test_intervals_and_claims(write_run, tmp_path):
     assert rows["RP: noise 0.15 against none (scenes)"][-2:] == ["0.00", "yes"]
     assert rows["RP against zero-shot (scenes)"][2:] == ["+0.00", "+0.00 to +0.00", "0.00", "not resolved"]
     assert "[" not in tables.markdown(tables.rp_noise(runs))
-    for error, low in ((0.6, 0.5), (0.1, -0.5)):
-        runs["rp-scenes"]["numbers"]["rp-scenes - rp-scenes--noise-std-0"] = [1.0, error, low, 1.5]
+    for error, least in ((0.6, 0.5), (0.1, -0.5)):
+        runs["rp-scenes"]["numbers"]["rp-scenes - rp-scenes--noise-std-0"] = [1.0, error, least, 1.5]
         assert tables.differences(runs).rows[0][-1] == "not resolved"
     assert f"60.50 ± 0.71 [{low:.1f}, {high:.1f}]" in tables.markdown(tables.headline(runs))
 
