@@ -107,4 +107,4 @@ def noise_without_labels(values, default):
     rest = means[:, REST]
     gain = rest[best, range(SPLITS)] - rest[list(values).index(default)]
     shares = 100 * np.bincount(best, minlength=len(values)) / SPLITS
-    return [gain.mean(), gain.std(ddof=1)], shares
+    return [float(gain.mean()), float(gain.std(ddof=1))], shares.tolist()

@@ -552,9 +552,9 @@ def write_docs(folder):
         if name not in CURVES:
             run.pop("curves", None)
     pages = {path: filled_in(data.read_text(path, "page"), record) for path in PAGES}
+    data.write_json(RECORD, record)
     for path, text in pages.items():
         data.write_atomically(path, text)
-    data.write_json(RECORD, record)
     if find_spec("matplotlib"):
         draw_reliability(record, ASSETS / "tables/reliability.png")
 

@@ -104,11 +104,9 @@ def test_weighted_photos_are_repeated_photos():
 
 def test_noise_chosen_on_a_third():
     """0.1 is the best on every third, and 2 above 0.15 on the rest."""
-    worlds = {0.1: np.full((2, intervals.REST.start + intervals.SPLITS), 62.0)}
-    worlds[0.15] = worlds[0.1] - 2
-    gain, shares = intervals.noise_without_labels(worlds, 0.15)
-    assert gain == [2, 0]
-    assert shares.tolist() == [100, 0]
+    best = np.full((2, intervals.REST.start + intervals.SPLITS), 62, np.float32)
+    chosen = intervals.noise_without_labels({0.1: best, 0.15: best - 2}, 0.15)
+    assert json.loads(json.dumps(chosen)) == [[2, 0], [100, 0]]
 
 
 def test_intervals_and_claims(write_run, tmp_path):
