@@ -442,7 +442,8 @@ def behind(runs):
             minutes = f"{run['seconds'] / 60:.1f}"
             rows.append([name, f"`{run['command']}`", run.get("tested on", ""), run["device"], minutes])
     commits = {run["commit"] for run in runs.values() if "commit" in run}
-    note = f"Commit {', '.join(sorted(commits))} (+: with changes)."
+    minutes = sum(run.get("seconds", 0) for run in runs.values()) / 60
+    note = f"Commit {', '.join(sorted(commits))} (+: with changes); {minutes:.0f} minutes in all."
     return Table("Behind the numbers", ["command", "tested on", "on", "minutes"], rows, note)
 
 
