@@ -92,7 +92,8 @@ CLAIMS = {  # method and claim: what is compared, and with what: ends of places
     "SSPA against the linear probe of the photos": ("", PROBE),
     "SSPA: image tower tuned against frozen": ("-tuned", ""),
     "SSPA: thresholds without labels against a score above 0.5, macro F1": LABEL_FREE}
-PARTS = {f"SSPA, {words}": (setting + end, setting) for setting in ("-short", "-tuned")
+PARTS = {f"SSPA, {title}: {words}": (setting + end, setting)
+         for setting, title in {"-short": "2,000 photos", "-tuned": "image tower tuned"}.items()
          for end, words in ABLATIONS.items() if end}
 HEADLINE = {  # of README.md: a row's places, of each set
     "zero-shot": "rp-{}" + ZERO_SHOT, "zero-shot, both sides centred": "rp-{}" + CENTRED,
