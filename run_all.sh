@@ -7,6 +7,7 @@
 #                         OPTIONS="--train-count 500"  more options of both scripts; --overwrite: finished runs anew
 #                         RUNS=FOLDER                  of runs and tables, for runs with other CLIP, OPTIONS or SEEDS
 #                         FEATURES=FILE.npz            ready embeddings             TEXTS=FOLDER      <dataset>.jsonl
+#                         UCM_ROOT=../shared/data      where ucm is, for the runs with the toy CLIP
 # bash run_all.sh --plan  prints the command of every run, and makes none
 # bash run_all.sh demo    trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
 # bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [options of adapter_rp.py and tag.py, as
@@ -20,27 +21,25 @@ if [ "$CALLED_FROM" = "$HERE" ]; then FROM=; else FROM="$CALLED_FROM/"; fi  # sh
 trap 'exit 130' INT  # else the next run would begin
 
 experiments() {
-    for dataset in scenes features ${DATASETS:-voc2007 coco2014 nuswide}; do  # RP: noise, its law, number of texts
-        for noise in "" "--noise-std 0" "--noise-std 0.05" "--noise-std 0.1" "--noise-std 0.2"; do
-            rp "$dataset${noise// /-}" $noise
-            rp "$dataset-unit${noise// /-}" --normalize $noise
-        done
-        rp "$dataset-uniform" --noise-law uniform
-        rp "$dataset-sphere" --noise-law sphere
+    for dataset in scenes features ${DATASETS:-voc2007 coco2014 nuswide}; do  # RP: noise, magnitude, number of texts
+        seeds="0 1 2 3 4"
+        for noise in "" "--noise-std 0"; do rp "$dataset${noise// /-}" $noise; done
+        seeds="0 1 2"
+        for noise in 0.05 0.1 0.2; do rp "$dataset--noise-std-$noise" --noise-std $noise; done
+        for noise in "" "--noise-std 0"; do rp "$dataset-unit${noise// /-}" --normalize $noise; done
         if [ "$dataset" = features ]; then steps=960 option=--train-count; else steps=480 option=--text-count; fi
-        for count in 250 500 1000 2000 4000; do  # as many steps as the main run, of 512 texts each
-            for noise in "" "--noise-std 0"; do
-                rp "$dataset-$count-texts${noise// /-}" $option $count --epochs $((steps/((count+511)/512))) $noise
-            done
+        for count in 250 1000 4000; do  # as many steps as the main run, of 512 texts each
+            texts="$option $count --epochs $((steps/((count+511)/512)))"
+            rp "$dataset-$count-texts" $texts
+            if [ "$dataset" = scenes ]; then rp "scenes-$count-texts--noise-std-0" $texts --noise-std 0; fi
         done
     done
-    for noise in "" "--noise-std 0"; do
-        rp "features-8000-texts${noise// /-}" --train-count 8000 --epochs 60 $noise
-    done
+    rp scenes-uniform --noise-law uniform
+    rp scenes-sphere --noise-law sphere
+    for noise in "" "--noise-std 0"; do rp "features-linear${noise// /-}" --adapter linear $noise; done
 
     for dataset in scenes features; do  # what scores and probabilities are worth: docs/probabilities.md
-        for loss in "--gamma-neg 0" "--gamma-neg 1" "--gamma-neg 2" "--clip 0.05" "--focal-gradient stopped" \
-                    "--loss bce"; do
+        for loss in "--gamma-neg 0" "--clip 0.05" "--focal-gradient stopped"; do
             rp "$dataset${loss// /-}" $loss
         done
     done
@@ -54,9 +53,6 @@ experiments() {
         python llm_text.py sentences --dataset scenes --llm template --count 8000 --out "$RUNS/templates.jsonl" --quiet
     fi
     rp scenes-templates --texts "$RUNS/templates.jsonl"
-    rp ucm-toy --backbone scenes
-    sspa ucm-toy --tune-image none --backbone scenes
-    sspa ucm-toy-tuned --tune-image full --backbone scenes
     once thresholds-features thresholds.json experiments/thresholds.py --features "$FEATURES" --seed ${SEEDS:-0 1 2}
     once thresholds-scenes thresholds.json experiments/thresholds.py --seed ${SEEDS:-0 1 2}
 
@@ -66,38 +62,32 @@ experiments() {
     for third in 0 1 2; do  # labels that training never sees
         rp scenes-unseen-$third --head label-embedding --unseen ${drawn[third]}
         rp features-unseen-$third --head label-embedding --unseen ${seen[third]}
-        sspa scenes-unseen-$third --tune-image none --train-count 4000 --epochs 8 --unseen ${drawn[third]}
+        sspa scenes-unseen-$third --tune-image none --train-count 2000 --epochs 8 --unseen ${drawn[third]}
     done
 
     # what one would try first, and what prompt tuning costs
     once baselines baselines.json experiments/baselines.py --features "$FEATURES"
     once rp-cost benchmark.json experiments/benchmark.py cost
 
-    # SSPA on scenes: the whole, number of photos, ablations, tuned tower
+    # SSPA on scenes: the whole, number of photos, ablations, where maps point
     sspa scenes --tune-image none --save-all
-    for count in 50 100 250 500 1000 4000; do  # 1,240 batches of up to 64 for each; the whole, above, has 6,240
-        sspa scenes-$count-photos --tune-image none --train-count $count --epochs $((1240/(count<64 ? 1 : count/64)))
-    done
+    once curve curve.json experiments/curve.py --seed ${SEEDS:-0 1 2}
     ablations=("" "--fusion knowledge" "--fusion context" "--fusion sum" "--fusion concat" "--no-dsf" "--no-gate" \
-               "--alignment v-to-s" "--alignment s-to-v" "--alignment none" "--descriptions none" \
-               "--aggregator mean" "--aggregator max" "--branches global" "--branches regional")
+               "--alignment none" "--descriptions none" "--aggregator mean" "--branches global")
     for ablation in "${ablations[@]}"; do
-        sspa "scenes-short${ablation// /-}" --tune-image none --train-count 4000 --epochs 8 --save-all $ablation
+        sspa "scenes-short${ablation// /-}" --tune-image none --train-count 2000 --epochs 8 --save-all $ablation
     done
-    sspa scenes-tuned --tune-image full --train-count 4000 --epochs 8 --save-all
-    for ablation in "" "--no-gate" "--alignment none"; do  # not all: pictures are drawn anew in every epoch
-        sspa "scenes-tuned-short${ablation// /-}" --tune-image full --train-count 1000 --epochs 8 --save-all $ablation
-    done
+    for run in scenes scenes-short scenes-short--no-gate scenes-short--alignment-none; do maps $run; done
 
-    # where SSPA's maps point
-    maps scenes
-    maps scenes-tuned
-    for ablation in "${ablations[@]}"; do
-        maps "scenes-short${ablation// /-}"
-    done
-    for ablation in "" "--no-gate" "--alignment none"; do
-        maps "scenes-tuned-short${ablation// /-}"
-    done
+    # UCM, whole, aerial photos, with the toy CLIP, which knows drawn things alone
+    if ! [ "$plan" ]; then  # a sentence a line
+        python -c 'import json, sys; print(*json.load(sys.stdin)["descriptions"].values(), sep="\n")' \
+            < assets/descriptions/ucm.json > "$RUNS/ucm-descriptions.txt"
+    fi
+    rp ucm-toy --backbone scenes
+    rp ucm-toy-descriptions --backbone scenes --texts "$RUNS/ucm-descriptions.txt" --epochs 480
+    sspa ucm-toy --tune-image none --backbone scenes
+    sspa ucm-toy-tuned --tune-image full --backbone scenes
 
     # photographs
     for dataset in ${DATASETS:-voc2007 coco2014 nuswide pa100k rapv1 peta multiscene mlrsnet ucm}; do
@@ -125,9 +115,11 @@ train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
     case "${3%%-*}" in
         scenes) where=() ;;
         features) where=(--features "$FEATURES") ;;
+        ucm) where=(--dataset ucm --data-root "$DATA_ROOT" $CLIP)
+            if [[ "$3" = ucm-toy* ]]; then where=(--dataset ucm --data-root "$UCM_ROOT"); fi ;;
         *) where=(--dataset "${3%%-*}" --data-root "$DATA_ROOT" $CLIP) ;;
     esac
-    run "$2" "$1" "${where[@]}" "${@:4}" --seed ${SEEDS:-0 1 2} ${GPU:+--gpu $GPU} $OPTIONS
+    run "$2" "$1" "${where[@]}" "${@:4}" --seed ${SEEDS:-$seeds} ${GPU:+--gpu $GPU} $OPTIONS
 }
 run() {  # NAME SCRIPT WORDS. $RUNS/NAME: the run; NAME.log: what it said; NAME.reason: why it came to nothing
     wanted "$1" || return 0
@@ -156,6 +148,7 @@ case "$1" in
     "" | --plan)
         plan="$1" RESULTS="${RUNS:-results}/tables.md" RUNS="${RUNS:-runs/tables}"
         DATA_ROOT="$(absolute "$DATA_ROOT" data)" TEXTS="$(absolute "$TEXTS" assets/texts)"
+        UCM_ROOT="$(absolute "$UCM_ROOT" ../shared/data)"
         FEATURES="$(absolute "$FEATURES" ../shared/data/photo_embeddings/voc2007_even.npz)"
         if [ "$GPU" = cpu ]; then export CUDA_VISIBLE_DEVICES= GPU=; fi
         [ "$plan" ] || mkdir -p "$RUNS"
@@ -210,6 +203,6 @@ except data.UsageError as error: sys.exit(f"run_all.sh: {error}")' "$photos" || 
         python "$HERE/tag.py" "$folder/checkpoint.safetensors" "$photos" --cache "$HERE/runs/cache" "${tag[@]}"
         ;;
     test) python -m pytest -q -rs tests "${@:2}" ;;
-    -h | --help) sed -n '2,15s/^# //p' run_all.sh ;;
+    -h | --help) sed -n '2,16s/^# //p' run_all.sh ;;
     *) fail "no command '$1'; -h lists them" ;;
 esac

@@ -1,12 +1,14 @@
 """What the runs of run_all.sh left, as tables. A number is read from a run's metrics.json, never kept beside it.
 
     python experiments/tables.py            runs/tables -> results/tables.md; a missing cell holds the reason
-    python experiments/tables.py --docs     its finished runs -> assets/tables.json; that file -> the tables' places in
-                                            docs/{results,probabilities}.md and, where matplotlib is installed, the
-                                            pictures of assets/tables
+    python experiments/tables.py --docs     its finished runs, all of one clean commit -> assets/tables.json, the places
+                                            of tables and numbers in README.md and docs/*.md and, where matplotlib is
+                                            installed, the pictures of assets/tables
+    python experiments/tables.py --check    exits 2 where these pages say something else than that file
     python experiments/tables.py --demo D   the table of `bash run_all.sh demo`, of what is there of its runs
 
-Percent; mean and sample standard deviation over seeds. What somebody has read elsewhere: assets/paper_numbers.json.
+Percent; mean and sample standard deviation over seeds, 95 % intervals over test photos (experiments/intervals.py). What
+somebody has read elsewhere: assets/paper_numbers.json.
 """
 import argparse
 import json
@@ -23,6 +25,8 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+import intervals
+
 import data
 from data import UsageError
 from run import exit_codes
@@ -30,20 +34,18 @@ from run import exit_codes
 ASSETS = REPOSITORY / "assets"
 RECORD = ASSETS / "tables.json"
 PAPERS = ASSETS / "paper_numbers.json"
-DOCS = [REPOSITORY / "docs" / name for name in ("results.md", "probabilities.md")]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 SETS = ("scenes", "features", *data.DATASETS[1:])
 NO_NOISE = "--noise-std-0"  # a run's name ends in the options that set it apart from the run before it
 STRENGTHS = {0: NO_NOISE, 0.05: "--noise-std-0.05", 0.1: "--noise-std-0.1", 0.15: "", 0.2: "--noise-std-0.2"}
-TEXT_COUNTS = (250, 500, 1000, 2000, 4000, 8000)
-PHOTO_COUNTS = (50, 100, 250, 500, 1000, 4000, 20000)
+TEXT_COUNTS = (250, 1000, 4000)
+PHOTO_COUNTS = (50, 100, 250, 500, 1000)
 LABEL_COUNTS = (20, 40, 80, 160, 320)  # of the costs
 ABLATIONS = {
     "": "SSPA", "--fusion-knowledge": "knowledge prompts only", "--fusion-context": "context prompts only",
     "--fusion-sum": "prompts summed", "--fusion-concat": "prompts concatenated", "--no-dsf": "no DSF",
-    "--no-gate": "no gate", "--alignment-v-to-s": "V-to-S only", "--alignment-s-to-v": "S-to-V only",
-    "--alignment-none": "no GDMA", "--descriptions-none": "no LLM description", "--aggregator-mean": "mean aggregator",
-    "--aggregator-max": "max aggregator", "--branches-global": "global branch only",
-    "--branches-regional": "regional branch only"}
+    "--no-gate": "no gate", "--alignment-none": "no GDMA", "--descriptions-none": "no LLM description",
+    "--aggregator-mean": "mean aggregator", "--branches-global": "global branch only"}
 MAPS = ("zero-shot cosine of regions", "DSF attention", "similarity after GDMA", "S-to-V attention", "V-to-S attention",
         "gradient x region")
 METRICS = {  # title of a column: where a run of metrics.json keeps the number, a/b: b in a
@@ -57,12 +59,47 @@ CHANCES = {  # likewise, of docs/probabilities.md
     "macro F1, score > 0.5": "threshold_0.5/macro F1", "macro F1, label-free": "label_free/macro F1",
     "micro F1, score > 0.5": "threshold_0.5/OF1", "micro F1, label-free": "label_free/OF1"}
 OTHERS = {  # runs of RP whose probabilities are looked at: end of the name, words
-    "": "", "--gamma-neg-0": ", gamma- 0", "--gamma-neg-1": ", gamma- 1", "--gamma-neg-2": ", gamma- 2",
-    "--clip-0.05": ", clip 0.05", "--focal-gradient-stopped": ", focal gradient stopped", "--loss-bce": ", bce",
-    "-250-texts": "", "-templates": ", template sentences", "-first-1": ", one label", "-first-2": ", two labels",
-    "-first-4": ", four labels", "-toy": ", toy CLIP"}
-TOWERS = {"": "", "-short": "", "-tuned-short": ", tuned", "-toy": ", toy CLIP", "-toy-tuned": ", toy CLIP, tuned"}
-CURVES = {"rp-features": "RP, photo features", "rp-scenes": "RP, scenes", "sspa-scenes-short": "SSPA, scenes"}
+    "": "", "--gamma-neg-0": ", gamma- 0 (bce)", "--clip-0.05": ", clip 0.05",
+    "--focal-gradient-stopped": ", focal gradient stopped", "-250-texts": "", "-templates": ", template sentences",
+    "-first-1": ", one label", "-first-2": ", two labels", "-first-4": ", four labels", "-toy": ", toy CLIP",
+    "-toy-descriptions": ", toy CLIP, descriptions as texts"}
+TOWERS = {"": "", "-short": "", "-tuned": ", tuned", "-toy": ", toy CLIP", "-toy-tuned": ", toy CLIP, tuned"}
+CURVES = {"rp-features": "RP, photo features", "rp-scenes": "RP, scenes", "sspa-scenes": "SSPA, scenes"}
+ZERO_SHOT = "/zero_shot_mAP"
+CENTRED = "/zero_shot_centred_mAP"
+PROBE = "/linear_probe_mAP"
+LABEL_FREE = ("/macro F1, label-free", "/macro F1, score > 0.5")
+CLAIMS = {  # method and claim: what is compared, and with what: ends of places
+    "RP: noise 0.15 against none": ("", NO_NOISE),
+    "RP against zero-shot": ("", ZERO_SHOT),
+    "RP against zero-shot, both sides centred": ("", CENTRED),
+    "RP against the linear probe of the texts": ("", PROBE),
+    "RP without noise against zero-shot": (NO_NOISE, ZERO_SHOT),
+    "RP: raw against unit length": ("", "-unit"),
+    "RP without noise: raw against unit length": (NO_NOISE, "-unit" + NO_NOISE),
+    "RP: gaussian against uniform noise": ("", "-uniform"),
+    "RP: gaussian noise against noise on a sphere": ("", "-sphere"),
+    "RP: all texts against 4,000": ("", "-4000-texts"),
+    "RP: all texts against 250": ("", "-250-texts"),
+    "RP: its sentences against template sentences": ("", "-templates"),
+    "RP: template sentences against descriptions": ("", "-descriptions"),
+    "RP, linear adapter: noise 0.15 against none": ("-linear", "-linear" + NO_NOISE),
+    "RP: gamma- 4 against 0": ("", "--gamma-neg-0"),
+    "RP: clip 0 against 0.05": ("", "--clip-0.05"),
+    "RP: focal gradient full against stopped": ("", "--focal-gradient-stopped"),
+    "RP: thresholds without labels against a score above 0.5, macro F1": LABEL_FREE,
+    "SSPA against zero-shot": ("", ZERO_SHOT),
+    "SSPA against the linear probe of the photos": ("", PROBE),
+    "SSPA: image tower tuned against frozen": ("-tuned", ""),
+    "SSPA: thresholds without labels against a score above 0.5, macro F1": LABEL_FREE}
+PARTS = {f"SSPA, {title}: {words}": (setting + end, setting)
+         for setting, title in {"-short": "2,000 photos", "-tuned": "image tower tuned"}.items()
+         for end, words in ABLATIONS.items() if end}
+HEADLINE = {  # of README.md: a row's places, of each set
+    "zero-shot": "rp-{}" + ZERO_SHOT, "zero-shot, both sides centred": "rp-{}" + CENTRED,
+    "linear probe of the texts": "rp-{}" + PROBE, "RP, no noise": "rp-{}" + NO_NOISE, "RP": "rp-{}",
+    "linear probe of labelled photos": "sspa-{}" + PROBE, "SSPA, image tower frozen": "sspa-{}",
+    "SSPA, image tower tuned": "sspa-{}-tuned"}
 COSTS = ("prompt tuning, ms a step", "adapter, ms a step", "ratio of the times", "ratio of the multiplications")
 PUBLISHED = ("dataset", "metric", "value", "method", "backbone", "source", "note")  # of a cell of paper_numbers.json
 
@@ -70,11 +107,12 @@ PUBLISHED = ("dataset", "metric", "value", "method", "backbone", "source", "note
 class Table(NamedTuple):
     title: str
     columns: list  # words or numbers
-    rows: list     # [label, cell, cell, ...]; a cell is [mean, std], words, a number, or "" where none is expected
-    note: str = ""
+    rows: list     # [label, cell, cell, ...]; a cell is [mean, std] or [mean, std, low, high], words, a number, or ""
+    note: str = ""  # where none is expected
+    intervals: bool = False  # shown
 
 
-# --- what the runs left: facts, and "numbers": {metric: [mean, std] or None} ------------------------------------------
+# --- what the runs left: facts, and "numbers": {metric: a cell or None} -----------------------------------------------
 def summary(values):
     """[mean, sample standard deviation, None for a single value], or None where one is undefined"""
     if None in values:
@@ -98,8 +136,8 @@ def read_run(result):
     for title, place in [*METRICS.items(), *CHANCES.items()]:
         group, _, key = place.rpartition("/")
         numbers[title] = summary([run.get(group, run).get(key) for run in runs])
-    numbers["zero-shot mAP"] = summary([result["zero_shot_mAP"]])
-    numbers["linear probe mAP"] = summary([result["linear_probe_mAP"]])
+    for place in (ZERO_SHOT, CENTRED, PROBE):
+        numbers[place[1:]] = summary([result.get(place[1:])])
     labels = result["per_class"]
     for title, learnt in (("seen", True), ("unseen", False)):
         rows = [row for row, label in enumerate(labels) if label["trained"] == learnt]
@@ -146,6 +184,15 @@ def read_thresholds(result):
     return facts_of(result, result["dataset"], numbers)
 
 
+def read_curve(result):
+    """curve.json: mAP of each way to learn with each number of photos"""
+    numbers = {}
+    for row in result["rows"]:
+        numbers.setdefault(f"{row['name']}, {row['photos']}", []).append(row["mAP"])
+    numbers = {name: summary(values) for name, values in numbers.items()}
+    return facts_of(result, result["dataset"], numbers)
+
+
 def read_baselines(result):
     """baselines.json: mAP of each baseline"""
     numbers = {}
@@ -156,7 +203,7 @@ def read_baselines(result):
 
 
 READERS = {"metrics.json": read_run, "benchmark.json": read_benchmark, "localize.json": read_maps,
-           "baselines.json": read_baselines, "thresholds.json": read_thresholds}
+           "baselines.json": read_baselines, "thresholds.json": read_thresholds, "curve.json": read_curve}
 
 
 def look(folder):
@@ -166,13 +213,52 @@ def look(folder):
         for path in folder.glob(f"*/{name}"):
             try:
                 with data.reading(path, "run", "bash run_all.sh goes on with it"):
-                    runs[path.parent.name] = read(json.loads(path.read_text("utf-8")))
+                    result = json.loads(path.read_text("utf-8"))
+                    runs[path.parent.name] = read(result)
+                    scores = path.parent / "scores.safetensors"
+                    if scores.is_file():
+                        runs[path.parent.name]["sampled"] = intervals.sampled(scores, result["config"])
             except UsageError as error:
                 runs[path.parent.name] = {"reason": str(error)}
     for path in folder.glob("*.reason"):
         reason = re.sub(r"^\S+\.py: ", "", data.read_text(path, "reason").strip())
         runs[path.stem] = {"reason": reason or f"failed; see {path.with_suffix('.log')}"}
+    add_intervals(runs)
     return dict(sorted(runs.items()))
+
+
+def add_intervals(runs):
+    """What was sampled becomes numbers: intervals, differences, the noise that a third of the photos would choose."""
+    places = {}
+    for name, run in runs.items():
+        for metric, values in run.pop("sampled", {}).items():
+            if run["numbers"].get(metric):
+                run["numbers"][metric] += intervals.bounds(values.mean(0))
+                places[f"{name}/{metric}"] = values
+                if metric == "mAP":
+                    places[name] = values
+    for _, one, other in compared(CLAIMS | PARTS):
+        if one in places and other in places:
+            numbers = runs[one.partition("/")[0]]["numbers"]
+            numbers[f"{one} - {other}"] = intervals.difference(places[one], places[other])
+    for dataset in SETS:
+        values = {strength: places.get(f"rp-{dataset}{end}") for strength, end in STRENGTHS.items()}
+        if all(rows is not None for rows in values.values()):
+            numbers = runs[f"rp-{dataset}"]["numbers"]
+            numbers["gain of the chosen noise"], shares = intervals.noise_without_labels(values, 0.15)
+            for strength, share in zip(values, shares, strict=True):
+                numbers[f"noise {strength} chosen"] = [share, None]
+
+
+def compared(claims):
+    """Claims on each set -> [words, place of the one, place of the other]"""
+    found = []
+    for words, ends in claims.items():
+        method = re.match("RP|SSPA", words)[0].lower()
+        for dataset in (*SETS, "ucm-toy"):
+            one, other = (f"{method}-{dataset}{end}" for end in ends)
+            found.append([f"{words} ({dataset})", one, other])
+    return found
 
 
 def read_papers(path):
@@ -190,8 +276,12 @@ def read_papers(path):
 
 # --- tables; rows without anything are left out of them in the end ----------------------------------------------------
 def number(runs, place):
-    """place: "RUN/METRIC", or "RUN": its mAP -> cell: [mean, std], or why there is none; "" where none is expected"""
-    name, _, metric = place.partition("/")
+    """place: "RUN/METRIC", "RUN": its mAP, or "PLACE - PLACE": the difference -> cell, or why there is none; "" where
+    none is expected"""
+    one, minus, _ = place.partition(" - ")
+    name, _, metric = one.partition("/")
+    if minus:
+        metric = place
     run = runs.get(name, {"numbers": {}})
     if "reason" in run:
         return textwrap.shorten(run["reason"], 80, placeholder=" ...")
@@ -201,10 +291,10 @@ def number(runs, place):
     return cell
 
 
-def grid(runs, method, kinds, columns):
+def grid(runs, method, kinds, columns, sets=SETS):
     """A row for every dataset and kind of run -> rows. kinds: {end of a run's name: words}; columns: ends of places"""
     rows = []
-    for dataset in SETS:
+    for dataset in sets:
         for suffix, words in kinds.items():
             name = f"{method}-{dataset}{suffix}"
             label = dataset + words
@@ -214,12 +304,34 @@ def grid(runs, method, kinds, columns):
     return rows
 
 
+def headline(runs):
+    sets = {"scenes": "drawn scenes", "features": "features of photos", "ucm-toy": "UCM, toy CLIP"}
+    rows = [[words, *(number(runs, place.format(name)) for name in sets)] for words, place in HEADLINE.items()]
+    return Table("mAP, percent", sets.values(), rows, intervals=True)
+
+
+def differences(runs, claims=CLAIMS, title="What is claimed, on the same test photos"):
+    rows = []
+    for words, one, other in compared(claims):
+        cell = number(runs, f"{one} - {other}")
+        if isinstance(cell, list):
+            gain, error, low, high = cell
+            verdict = "not resolved"
+            if low * high > 0 and abs(gain) > 2 * error:
+                verdict = "yes"
+            rows.append([words, number(runs, one), number(runs, other), f"{gain:+.2f}",
+                         f"{low:+.2f} to {high:+.2f}", f"{error:.2f}", verdict])
+    columns = ["this", "against", "difference", "95 % interval over photos", "standard error over seeds", "resolved"]
+    return Table(title, columns, rows)
+
+
 def rp_main(runs):
-    columns = {"zero-shot": "/zero-shot mAP", "linear probe of the texts": "/linear probe mAP", "no noise": NO_NOISE,
-               "noise 0.15": "", "noise 0.15, interpolated AP": "/mAP, interpolated"}
-    rows = grid(runs, "rp", {"": "", "-llm": ", sentences of a language model"}, columns.values())
-    return Table("RP: an adapter that learnt from texts alone, mAP on photos", columns, rows,
-                 'Zero-shot: the cosine with "a photo of a {name}.".')
+    columns = {"zero-shot": ZERO_SHOT, "zero-shot, both sides centred": CENTRED, "linear probe of the texts": PROBE,
+               "no noise": NO_NOISE, "noise 0.15": "", "noise 0.15, interpolated AP": "/mAP, interpolated"}
+    kinds = {"": "", "-llm": ", sentences of a language model", "-toy": ", toy CLIP, template sentences",
+             "-toy-descriptions": ", toy CLIP, descriptions as texts"}
+    return Table("RP: an adapter that learnt from texts alone, mAP on photos", columns,
+                 grid(runs, "rp", kinds, columns.values()), 'Zero-shot: the cosine with "a photo of a {name}.".', True)
 
 
 def rp_baselines(runs):
@@ -235,17 +347,19 @@ def rp_noise(runs):
     return Table("RP: strength of the noise, times the mean text norm, mAP", STRENGTHS, rows)
 
 
-def rp_law(runs):
-    columns = {"gaussian": "", "uniform": "-uniform", "sphere": "-sphere", "none": NO_NOISE}
-    return Table("RP: law of the noise, mAP", columns, grid(runs, "rp", {"": ""}, columns.values()))
+def rp_chosen_noise(runs):
+    columns = {"gain over 0.15": "/gain of the chosen noise"}
+    columns |= {f"{strength}, % of draws": f"/noise {strength} chosen" for strength in STRENGTHS}
+    return Table("RP: the noise that a third of the test photos chooses, mAP on the other two thirds", columns,
+                 grid(runs, "rp", {"": ""}, columns.values()))
 
 
 def rp_texts(runs):
     suffixes = [f"-{count}-texts" for count in TEXT_COUNTS]
     suffixes.append("")
     rows = []
-    for words, end in (("", ""), (", no noise", NO_NOISE), (", linear probe", "/linear probe mAP")):
-        rows += grid(runs, "rp", {"": words}, [suffix + end for suffix in suffixes])
+    for words, end, sets in (("", "", SETS), (", no noise", NO_NOISE, SETS[:1]), (", linear probe", PROBE, SETS)):
+        rows += grid(runs, "rp", {"": words}, [suffix + end for suffix in suffixes], sets)
     return Table("RP: number of texts, as many steps for each, mAP", [*TEXT_COUNTS, "all"], rows)
 
 
@@ -257,51 +371,28 @@ def rp_cost(runs):
 
 
 def sspa_main(runs):
-    titles = ["zero-shot mAP", "linear probe mAP", *METRICS]
-    kinds = {"": ", image tower frozen", "-short": ", image tower frozen", "-tuned": ", image tower tuned"}
-    return Table("SSPA: the full method", titles, grid(runs, "sspa", kinds, [f"/{title}" for title in titles]))
+    columns = {"zero-shot mAP": ZERO_SHOT, "linear probe mAP": PROBE, **{title: f"/{title}" for title in METRICS}}
+    kinds = {"": ", image tower frozen", "-short": ", image tower frozen", "-tuned": ", image tower tuned",
+             "-toy": ", toy CLIP, image tower frozen", "-toy-tuned": ", toy CLIP, image tower tuned"}
+    return Table("SSPA: the full method", columns, grid(runs, "sspa", kinds, columns.values()), intervals=True)
 
 
-def sspa_photos(runs):
-    names = [f"sspa-scenes-{count}-photos" for count in PHOTO_COUNTS[:-1]]
-    names.append("sspa-scenes")
-    rows = []
-    for label, metric in (("SSPA, image tower frozen", "mAP"),
-                          ("linear probe of the same features", "linear probe mAP"), ("zero-shot", "zero-shot mAP")):
-        rows.append([label, *(number(runs, f"{name}/{metric}") for name in names)])
-    return Table("SSPA: number of labelled photos, scenes, mAP", PHOTO_COUNTS, rows)
+def curve(runs):
+    methods = dict.fromkeys(name.rpartition(", ")[0] for name in runs.get("curve", {"numbers": ()}).get("numbers", ()))
+    rows = [[method, *(number(runs, f"curve/{method}, {count}") for count in PHOTO_COUNTS)] for method in methods]
+    return Table("Number of labelled photos, scenes, mAP", PHOTO_COUNTS, rows)
 
 
 def sspa_ablations(runs):
-    """mAP, and hits of the two maps that explain.py draws, for each setting that has ablations"""
-    settings = {"scenes-short": "scenes, tower frozen", "scenes-tuned-short": "scenes, tower tuned"}
-    for dataset in SETS[2:]:
-        settings[f"{dataset}-tuned"] = f"{dataset}, tower tuned"
-    rows = [[words] for words in ABLATIONS.values()]
-    columns = []
-    for name, words in settings.items():
-        if not any(run.startswith(f"sspa-{name}--") for run in runs):
-            continue
-        columns += [f"{words}: mAP", "against the full method", f"hits of {MAPS[1]}", f"hits of {MAPS[2]}"]
-        full = number(runs, f"sspa-{name}")
-        for row, ablation in zip(rows, ABLATIONS, strict=True):
-            own = number(runs, f"sspa-{name}{ablation}")
-            gain = ""
-            if ablation and isinstance(own, list) and isinstance(full, list):
-                gain = f"{own[0] - full[0]:+.2f}"
-            row += [own, gain, *(number(runs, f"maps-{name}{ablation}/{map_}") for map_ in MAPS[1:3])]
-    return Table("SSPA: what each part is worth", columns, rows)
+    return differences(runs, PARTS, "SSPA: what each part is worth, mAP without it against the full method")
 
 
 def sspa_maps(runs):
-    """Whether longer training, a tuned tower or the gate makes maps truer"""
-    kinds = {"scenes": "SSPA: frozen, 20,000 photos, 20 epochs", "scenes-short": "SSPA: frozen, 4,000, 8",
-             "scenes-short--no-gate": "no gate: frozen, 4,000, 8", "scenes-tuned": "SSPA: tuned, 4,000, 8",
-             "scenes-tuned-short": "SSPA: tuned, 1,000, 8", "scenes-tuned-short--no-gate": "no gate: tuned, 1,000, 8"}
-    rows = []
-    for name, words in kinds.items():
-        rows.append([words, number(runs, f"sspa-{name}"), *(number(runs, f"maps-{name}/{map_}") for map_ in MAPS)])
-    return Table("SSPA: where its maps point, scenes, hits of the pointing game", ["mAP", *MAPS], rows)
+    """Whether longer training, the gate or GDMA makes maps truer"""
+    kinds = {"": ", 20,000 photos", "-short": ", 2,000 photos", "-short--no-gate": ", 2,000 photos, no gate",
+             "-short--alignment-none": ", 2,000 photos, no GDMA"}
+    rows = grid(runs, "maps", kinds, [f"/{map_}" for map_ in MAPS])
+    return Table("SSPA: where its maps point, hits of the pointing game", MAPS, rows)
 
 
 def probabilities(runs):
@@ -334,38 +425,34 @@ def unseen(runs):
 
 
 def published(runs):
-    """What somebody has read, ours among it; by dataset and metric, the smallest number first."""
+    """What somebody has read, by dataset and metric, the smallest number first."""
     rows = read_papers(PAPERS)
     unread = {"RP", "SSPA"} - {row[3] for row in rows}
     note = " ".join(f"The own numbers of {method}'s paper were not at hand." for method in sorted(unread))
-    for dataset, metric in {tuple(row[:2]) for row in rows}:
-        for name in (f"rp-{dataset}", f"sspa-{dataset}", f"sspa-{dataset}-tuned"):
-            own = number(runs, f"{name}/{metric}")
-            if isinstance(own, list):
-                method = name.split("-")[0].upper()
-                rows.append([dataset, metric, round(own[0], 2), f"{method}, ours", "", f"run {name}", ""])
     rows.sort(key=lambda row: (SETS.index(row[0]), *row[1:3]))
     return Table("Published numbers, for orientation", PUBLISHED[1:], rows, note)
 
 
 def behind(runs):
-    """The command behind every number; several runs of one command have one row"""
-    rows = {}
+    """The command behind every number"""
+    rows = []
     for name, run in runs.items():
         if "reason" in run:
-            rows[name] = [name, f"not done: {run['reason']}", "", "", "", ""]
+            rows.append([name, f"not done: {run['reason']}", "", "", ""])
         else:
             minutes = f"{run['seconds'] / 60:.1f}"
-            cells = [f"`{run['command']}`", run.get("tested on", ""), run["commit"], run["device"], minutes]
-            rows.setdefault(run["command"], [name, *cells])
-    return Table("Behind the numbers", ["command", "tested on", "commit, + changes", "on", "minutes"], rows.values())
+            rows.append([name, f"`{run['command']}`", run.get("tested on", ""), run["device"], minutes])
+    commits = {run["commit"] for run in runs.values() if "commit" in run}
+    minutes = sum(run.get("seconds", 0) for run in runs.values()) / 60
+    note = f"Commit {', '.join(sorted(commits))} (+: with changes); {minutes:.0f} minutes in all."
+    return Table("Behind the numbers", ["command", "tested on", "on", "minutes"], rows, note)
 
 
 def tables_of(runs):
     """runs: what look gives -> {name: Table}, without rows that have nothing to say"""
     tables = {}
-    for make in (rp_main, rp_baselines, rp_noise, rp_law, rp_texts, rp_cost, sspa_main, sspa_photos, sspa_ablations,
-                 sspa_maps, probabilities, thresholds, unseen, published):
+    for make in (headline, differences, rp_main, rp_baselines, rp_noise, rp_chosen_noise, rp_texts, rp_cost, sspa_main,
+                 curve, sspa_ablations, sspa_maps, probabilities, thresholds, unseen, published):
         table = make(runs)
         rows = [row for row in table.rows if any(row[1:])]
         tables[make.__name__.replace("_", "-")] = table._replace(rows=rows)
@@ -374,17 +461,20 @@ def tables_of(runs):
 
 
 # --- tables as pages and pictures -------------------------------------------------------------------------------------
-def shown(cell):
+def shown(cell, with_interval=False):
     if isinstance(cell, str):
         return cell.replace("|", "/")
     if not isinstance(cell, list):
         return f"{cell:,}"
-    average, std = cell
+    average, std, *interval = cell
     text = f"{average:.2f}"
     if average > 100:
         text = f"{average:,.0f}"
     if std is not None:
         text += f" ± {std:.2f}"
+    if interval and with_interval:
+        low, high = interval
+        text += f" [{low:.1f}, {high:.1f}]"
     return text
 
 
@@ -393,7 +483,7 @@ def markdown(table):
     columns = []
     for title, *cells in zip(["", *table.columns], *table.rows, strict=True):
         if any(cells):
-            columns.append([shown(title), "---", *map(shown, cells)])
+            columns.append([shown(title), "---", *(shown(cell, table.intervals) for cell in cells)])
     lines = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
     parts = [f"### {table.title}", "\n".join(lines)]
     if table.note:
@@ -401,27 +491,21 @@ def markdown(table):
     return "\n\n".join(parts) + "\n"
 
 
-def filled_in(text, tables):
-    """docs/results.md with every table at its place, from <!-- table NAME --> to <!-- end --> -> str"""
-    return re.sub(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)",
-                  lambda place: place[1] + markdown(tables[place[2]]) + place[3], text, flags=re.S)
+def filled_in(text, runs):
+    """A page with every place filled: <!-- table NAME -->, <!-- number RUN/METRIC -->, <!-- minutes RUN -->, each up to
+    <!-- end --> -> str"""
+    tables = tables_of(runs)
 
-
-def draw(table, path):
-    """A curve for each row over the columns that are numbers, with bars of one standard deviation."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4), dpi=110)
-    axes = figure.subplots()
-    places = [column for column in table.columns if column != "all"]
-    for label, *cells in table.rows:
-        points = [(x, *cell) for x, cell in zip(places, cells, strict=False) if isinstance(cell, list)]
-        axes.errorbar(*np.array(points, float).T, marker="o", markersize=4, capsize=2, label=label)
-    if 0 not in places:
-        axes.set_xscale("log")
-    axes.set(title=table.title, xticks=places, xticklabels=places)
-    axes.minorticks_off()
-    axes.legend(fontsize=7)
-    figure.savefig(path, bbox_inches="tight")
+    def fill(place):
+        kind, name = place[1], place[2]
+        if kind == "table":
+            content = "\n" + markdown(tables[name])
+        elif kind == "number":
+            content = shown(number(runs, name), with_interval=True)
+        else:
+            content = f"{runs[name]['seconds'] / 60:.0f}"
+        return f"<!-- {kind} {name} -->{content}<!-- end -->"
+    return re.sub(r"<!-- (table|number|minutes) (.+?) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 def draw_reliability(record, path):
@@ -439,20 +523,41 @@ def draw_reliability(record, path):
     figure.savefig(path, bbox_inches="tight")
 
 
-def write_docs(folder):
-    """Finished runs join those in the record, which is shown in docs/results.md and the pictures."""
+def check_commits(runs):
+    """Raises UsageError where runs are of several commits, or of a tree that had changes."""
+    commits = {run["commit"]: name for name, run in runs.items()}
+    for commit, name in commits.items():
+        if len(commits) > 1 or not re.fullmatch("[0-9a-f]{40}", commit):
+            raise UsageError(f"run {name} is of commit '{commit}', of {len(commits)} (+: with changes): make all runs "
+                             "anew on one commit without changes")
+
+
+def check():
+    """README.md and docs/*.md against the record, and the record itself. Raises UsageError for the first difference."""
     record = data.read_json(RECORD, "record of runs")
-    record |= {name: run for name, run in look(folder).items() if "numbers" in run}
+    for path in PAGES:
+        text = data.read_text(path, "page")
+        for line, wanted in zip(text.split("\n"), filled_in(text, record).split("\n"), strict=False):
+            if line != wanted:
+                raise UsageError(f"{path.name} says '{line}', {RECORD.name} '{wanted}'; --docs writes it anew")
+    check_commits(record)
+    print(f"{len(record)} runs; {len(PAGES)} pages say the same")
+
+
+def write_docs(folder):
+    """Finished runs become the record, which is shown in the pages and the pictures."""
+    record = {name: run for name, run in look(folder).items() if "numbers" in run}
+    if not record:
+        raise UsageError(f"{folder}: no finished run is there; bash run_all.sh makes them")
+    check_commits(record)
     for name, run in record.items():
         if name not in CURVES:
             run.pop("curves", None)
-    tables = tables_of(record)
-    for page in DOCS:
-        data.write_atomically(page, filled_in(data.read_text(page, "page"), tables))
+    pages = {path: filled_in(data.read_text(path, "page"), record) for path in PAGES}
     data.write_json(RECORD, record)
+    for path, text in pages.items():
+        data.write_atomically(path, text)
     if find_spec("matplotlib"):
-        for name in ("rp-noise", "rp-texts", "sspa-photos"):
-            draw(tables[name], ASSETS / f"tables/{name}.png")
         draw_reliability(record, ASSETS / "tables/reliability.png")
 
 
@@ -487,15 +592,15 @@ def demo(folder):
     sentences = f"{rp['text_count']:,} sentences"
     print(f"\nscenes: {rp['photo_count']:,} test pictures, {rp['label_count']} labels, toy CLIP; ± over "
           f"{len(rp['seeds'])} seeds\n\n{'':<28}{'learnt from':<28}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}")
-    demo_row("zero-shot CLIP (cosine)", "nothing", rp, "zero-shot mAP")
-    demo_row("linear probe, texts", sentences, rp, "linear probe mAP")
+    demo_row("zero-shot CLIP (cosine)", "nothing", rp, ZERO_SHOT[1:])
+    demo_row("linear probe, texts", sentences, rp, PROBE[1:])
     demo_row("RP, no noise", sentences, data.read_json(folder / "rp-no-noise/metrics.json", "result"))
     demo_row("RP, noise 0.15", sentences, rp)
     if not (folder / "sspa/metrics.json").is_file():
         return
     sspa = data.read_json(folder / "sspa/metrics.json", "result")
     pictures = f"{sspa['train_count']:,} labelled pictures"
-    demo_row("linear probe, features", pictures, sspa, "linear probe mAP")
+    demo_row("linear probe, features", pictures, sspa, PROBE[1:])
     demo_row("SSPA, image tower frozen", pictures, sspa)
     print(f"\npictures: {folder}/rp/tags, {folder}/sspa/tags   (what each says of 12 pictures)\n"
           f"          {folder}/sspa/explain   (where SSPA saw it)      more: {folder}/{{rp,sspa}}/metrics.json")
@@ -506,10 +611,13 @@ def main(words):
     parser.add_argument("--runs", type=Path, default="runs/tables")
     parser.add_argument("--results", type=Path, default="results/tables.md")
     parser.add_argument("--docs", action="store_true")
+    parser.add_argument("--check", action="store_true")
     parser.add_argument("--demo", type=Path)
     options = parser.parse_args(words)
     if options.demo:
         demo(options.demo)
+    elif options.check:
+        check()
     elif options.docs:
         write_docs(options.runs)
     else:

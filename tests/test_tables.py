@@ -1,4 +1,4 @@
-"""run_all.sh and experiments/tables.py: the list of runs, what tables say of what runs left, docs/results.md."""
+"""run_all.sh and experiments/tables.py: the list of runs, what tables say of what runs left, README.md and docs."""
 import functools
 import json
 import os
@@ -10,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
+from safetensors.numpy import save_file
 
 import adapter_rp
+import metrics
 import run
 import sspa
 
 sys.path.append(str(REPOSITORY / "experiments"))
+import intervals
 import tables
 
 
@@ -38,7 +42,7 @@ def run_all(tmp_path, cache):
 @pytest.fixture
 def write_run(trained, tmp_path):
     """write_run("rp-scenes", [60.0, 61.0]): a real metrics.json, of seeds whose every number is that"""
-    def write(name, scores, **changed):
+    def write(name, scores, kept=None, **changed):
         script = "sspa.py" if name.startswith("sspa") else "adapter_rp.py"
         result = json.loads((trained[script].folder / "metrics.json").read_text())
         template = result["runs"][0]
@@ -51,6 +55,8 @@ def write_run(trained, tmp_path):
             result["runs"].append({**one, "ap": [score, 10.0]})
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps(result | changed))
+        if kept:
+            save_file(kept, tmp_path / name / "scores.safetensors")
     return write
 
 
@@ -59,7 +65,6 @@ def test_numbers(write_run, tmp_path):
     labels = [{"zero_shot_ap": 12, "trained": True}, {"zero_shot_ap": 60, "trained": False}]
     write_run("rp-scenes", [60.0, 61.0, 65.0], per_class=labels)
     write_run("sspa-scenes-short", [70.0])
-    write_run("sspa-scenes-short--no-gate", [69.0])
     write_run("rp-ucm", [None, None])
     (tmp_path / "maps-scenes-short").mkdir()
     models = [{"asked": 9, "photos": 4, "maps": {"DSF attention": {"pointing": hits}}} for hits in (10, 14)]
@@ -72,9 +77,52 @@ def test_numbers(write_run, tmp_path):
     assert number("rp-scenes/unseen") == [10, 0]
     assert number("sspa-scenes-short/F1") == [70, None]
     assert number("rp-ucm") == "undefined"
-    rows = {label: cells for label, *cells in tables.sspa_ablations(runs).rows}
-    assert rows["no gate"][1] == "-1.00"
-    assert rows["SSPA"][2] == pytest.approx([12, 8 ** 0.5])
+    assert number("maps-scenes-short/DSF attention") == pytest.approx([12, 8 ** 0.5])
+
+
+def test_weighted_photos_are_repeated_photos():
+    """The metrics of photos that count so often are those of rows repeated so often, with ties and ignored labels."""
+    draw = np.random.default_rng(0)
+    truth = draw.integers(-1, 2, (60, 4))
+    truth[:, 3] = np.arange(60) == 0  # in some draws without a positive
+    scores = draw.normal(size=(60, 4)).round(1)
+    weights = intervals.photo_weights(60)
+    mAP = intervals.weighted_mAP(scores, truth, weights)
+    F1 = intervals.weighted_macro_f1(scores > 0.5, truth, weights)
+    for column in (intervals.WHOLE, *range(1, 9), intervals.THIRD.start, intervals.REST.start):
+        rows = np.repeat(np.arange(60), weights[:, column].astype(int))
+        assert mAP[column] == pytest.approx(metrics.mean_average_precision(scores[rows], truth[rows]), abs=1e-4)
+        assert F1[column] == pytest.approx(metrics.macro_f1(1.0 * (scores[rows] > 0.5), truth[rows]))
+    assert (weights[:, intervals.DRAWN].sum(0) == 60).all()
+    assert (weights[:, intervals.THIRD].sum(0) == 20).all()
+
+
+def test_noise_chosen_on_a_third():
+    """0.1 is the best on every third, and 2 above 0.15 on the rest."""
+    best = np.full((2, intervals.REST.start + intervals.SPLITS), 62, np.float32)
+    chosen = intervals.noise_without_labels({0.1: best, 0.15: best - 2}, 0.15)
+    assert json.loads(json.dumps(chosen)) == [[2, 0], [100, 0]]
+
+
+def test_intervals_and_claims(write_run, tmp_path):
+    """One label; some runs rank well, others the other way round, in every draw. What is the same is not resolved."""
+    truth = (np.arange(40) % 2)[:, None].astype(np.int8)
+    good = (truth + np.linspace(-0.6, 0.6, 40)[:, None]).astype(np.float32)
+    for name, scores in (("rp-scenes", good), ("rp-scenes--noise-std-0", -good), ("sspa-scenes-short", -good),
+                         ("sspa-scenes-short--no-gate", good)):
+        write_run(name, [60.0, 61.0], {"linear_probe": good, "seed 0": scores, "seed 1": scores, "truth": truth})
+    runs = tables.look(tmp_path)
+    low, high = tables.number(runs, "rp-scenes")[2:]
+    assert low < 100 * metrics.average_precision(good, truth)[0] < high <= 100
+    assert f"60.50 ± 0.71 [{low:.1f}, {high:.1f}]" in tables.markdown(tables.headline(runs))
+    assert "[" not in tables.markdown(tables.rp_noise(runs))
+    rows = {words: cells[3:] for words, *cells in tables.differences(runs).rows + tables.sspa_ablations(runs).rows}
+    assert rows["RP: noise 0.15 against none (scenes)"][1:] == ["0.00", "yes"]
+    assert rows["SSPA, 2,000 photos: no gate (scenes)"][2] == "yes"
+    assert rows["RP against the linear probe of the texts (scenes)"] == ["+0.00 to +0.00", "0.00", "not resolved"]
+    for error, least in ((0.6, 0.5), (0.1, -0.5)):
+        runs["rp-scenes"]["numbers"]["rp-scenes - rp-scenes--noise-std-0"] = [1.0, error, least, 1.5]
+        assert tables.differences(runs).rows[0][-1] == "not resolved"
 
 
 def test_a_missing_cell_holds_the_reason(write_run, tmp_path):
@@ -97,28 +145,73 @@ def test_a_number_without_its_source_is_refused(tmp_path, changed):
         tables.read_papers(tmp_path / "papers.json")
 
 
-def test_the_list_can_be_typed_and_the_page_is_not_stale(run_all):
-    """The scripts' own parsers take every line; a folder for each; the record's runs are runs of the list."""
+def planned(run_all):
+    """-> [[script, word, ...], ...] of the list"""
     settings = {"SEEDS": "0 7", "CLIP": "--backbone RN50", "GPU": "1", "OPTIONS": ""}
-    lines = [shlex.split(line) for line in run_all("--plan", **settings).stdout.splitlines()]
-    names = [Path(line[-1]).name for line in lines]
-    assert len(set(names)) == len(names) > 100
-    for _, script, *words in lines:
+    return [shlex.split(line)[1:] for line in run_all("--plan", **settings).stdout.splitlines()]
+
+
+def test_the_list_can_be_typed(run_all):
+    """The scripts' own parsers take every line; a folder for each."""
+    commands = planned(run_all)
+    assert len({words[-1] for words in commands}) == len(commands) > 100
+    for script, *words in commands:
         if script in ("adapter_rp.py", "sspa.py"):
             method = adapter_rp if script == "adapter_rp.py" else sspa
             assert run.parse(method.Config, words, "", "").seed == (0, 7)
+
+
+def test_the_record_is_of_one_commit_and_the_pages_say_what_it_says(run_all):
+    """Every run is one of the list; commands name scripts and options that are there."""
     record = json.loads(tables.RECORD.read_text())
-    assert set(record) < set(names)
-    for path in tables.DOCS:
-        page = path.read_text("utf-8")
-        assert tables.filled_in(page, tables.tables_of(record)) == page
+    assert set(record) < {Path(words[-1]).name for words in planned(run_all)}
+    tables.main(["--check"])
+    commands = [shlex.split(one["command"])[1:] for one in record.values()]
+    known = {script: options_of(script) for script in {words[0] for words in commands}}
+    for script, *words in commands:
+        assert {word for word in words if word.startswith("--")} <= known[script]
+
+
+def options_of(script):
+    """What --help tells, of the scripts whose options it takes, too"""
+    words = [sys.executable, REPOSITORY / script, "--help"]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    others = [options_of(other) for other in re.findall(r"options of (\w+\.py)", text)]
+    return set(re.findall(r"--[\w-]+", text)).union(*others)
+
+
+@pytest.mark.parametrize("commits", ["a" * 40 + "+", "unknown", "a" * 40 + " " + "b" * 40])
+def test_only_one_clean_commit_is_recorded(write_run, tmp_path, commits):
+    for number, commit in enumerate(commits.split()):
+        write_run(f"rp-scenes-{number}", [60.0], commit=commit)
+    with pytest.raises(tables.UsageError, match="on one commit without changes"):
+        tables.main(["--docs", "--runs", str(tmp_path)])
+
+
+def test_docs_and_check(write_run, tmp_path, monkeypatch):
+    """What --docs wrote --check accepts, until somebody changes a digit."""
+    monkeypatch.setattr(tables, "RECORD", tmp_path / "tables.json")
+    monkeypatch.setattr(tables, "PAGES", [tmp_path / "page.md"])
+    monkeypatch.setattr(tables, "find_spec", lambda name: None)
+    page = tmp_path / "page.md"
+    place = "RP has <!-- number rp-scenes/mAP -->?<!-- end -->, in <!-- minutes rp-scenes -->?<!-- end --> minutes.\n"
+    page.write_text(place + "<!-- table rp-main -->\n<!-- end -->\n")
+    write_run("rp-scenes", [60.0, 61.0], commit="a" * 40, seconds=119)
+    tables.main(["--docs", "--runs", str(tmp_path)])
+    text = page.read_text()
+    assert "RP has <!-- number rp-scenes/mAP -->60.50 ± 0.71<!-- end -->, in <!-- minutes rp-scenes -->2<!-- " in text
+    assert re.search(r"\| scenes \(300 texts\) \|.* 60.50 ± 0.71 \|", text)
+    tables.main(["--check"])
+    page.write_text(text.replace("60.50", "60.51", 1))
+    with pytest.raises(tables.UsageError, match=r"page.md says 'RP has .*60.51"):
+        tables.main(["--check"])
 
 
 def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
     runs = tmp_path / "runs"
-    said = (f"{runs}/rp-scenes-uniform: done\n{runs}/rp-features-sphere: adapter_rp.py: features file .*\n"
+    said = (f"{runs}/rp-scenes-uniform: done\n{runs}/rp-features-linear: adapter_rp.py: features file .*\n"
             f"{runs}/sspa-ucm-tuned: sspa.py: GPU 0: this machine .*\n{runs}/tables.md: 1 of 3 runs are finished\n")
-    assert re.fullmatch(said, run_all(ONLY="rp-scenes-uniform rp-features-sphere sspa-ucm-tuned$").stdout)
+    assert re.fullmatch(said, run_all(ONLY="rp-scenes-uniform rp-features-linear$ sspa-ucm-tuned$").stdout)
     assert "other settings (" in run_all(ONLY="rp-scenes-uniform", OPTIONS="--lr 0.1").stdout
 
 

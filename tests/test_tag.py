@@ -224,8 +224,8 @@ def test_ucm_whole(start, shared, tmp_path):
     """The one published set that is here whole, 2,100 photos: both methods learn on it, score it and tag it, by the toy
     CLIP, which knows nothing of the ground from above."""
     for script, words in ((RP, "--train-count 300"), (SSPA, "--tune-image none --train-count 64")):
-        words = f"{words} --epochs 1 --dataset ucm --backbone scenes --data-root '{shared}' --output '{tmp_path / script}'"
-        start(script, words).end()
+        words += f" --epochs 1 --dataset ucm --data-root '{shared}' --backbone scenes"
+        start(script, words, "--output", tmp_path / script).end()
         record = result_of(tmp_path / script)
         assert record["photo_count"] == 420 and 15 < record["mAP"] < 40
         assert sum(label["positives"] for label in record["per_class"]) == 1419
