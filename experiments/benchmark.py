@@ -49,7 +49,6 @@ from data import UsageError
 
 PAGE = REPOSITORY / "docs/speed.md"
 WIDTH = 512    # ViT-B's joint space
-HIDDEN = 1024  # RP's hidden width
 BATCH = 512    # RP's batch
 TEXTS = 4096   # training texts
 
@@ -92,7 +91,7 @@ def cost(function):
 
 
 def features(*shape, learn=True, scale=1.0):
-    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).requires_grad_(learn)
+    return (scale * torch.randn(shape)).requires_grad_(learn)
 
 
 def gradient_step(function, inputs, needed):
@@ -142,10 +141,9 @@ class Bench:
 # --- RP ---------------------------------------------------------------------------------------------------------------
 def texts_and_labels(classes):
     """Random text embeddings [TEXTS, WIDTH] and up to three labels for each, int8 [TEXTS, classes]"""
-    generator = torch.Generator().manual_seed(0)
     labels = torch.zeros(TEXTS, classes, dtype=torch.int8)
-    labels.scatter_(1, torch.randint(classes, (TEXTS, 3), generator=generator), 1)
-    return 5 * torch.randn(TEXTS, WIDTH, generator=generator), labels
+    labels.scatter_(1, torch.randint(classes, (TEXTS, 3)), 1)
+    return features(TEXTS, WIDTH, learn=False, scale=5), labels
 
 
 def adapter_script(embeddings, labels, impl):
@@ -155,9 +153,9 @@ def adapter_script(embeddings, labels, impl):
     adapter = rp.Adapter(WIDTH, labels.shape[1], 0)
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=1e-4, fused=impl == "fused")
     mean_norm = embeddings.norm(dim=-1).mean().item()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator()
     perturb = rp.perturb_fused
-    order = itertools.cycle(torch.randperm(TEXTS, generator=generator).split(BATCH))
+    order = itertools.cycle(torch.randperm(TEXTS).split(BATCH))
     batches = ((embeddings[rows], labels[rows]) for rows in order)
     if impl == "reference":
         perturb = rp.perturb_reference
@@ -208,18 +206,18 @@ def average_precision(bench):
     """metrics.average_precision beside scikit-learn's, a loop over labels, and torchmetrics' where it is installed"""
     from sklearn.metrics import average_precision_score
     for shape in bench.some(((4952, 20), (40504, 80), (107859, 81))):
-        draw = np.random.default_rng(0)
-        scores = draw.random(shape, np.float32)
-        labels = draw.random(shape) < 0.04
+        scores = torch.rand(shape)
+        labels = torch.rand(shape) < 0.04
         others = {}
         if find_spec("torchmetrics"):
             embed.import_open_clip()  # torchmetrics imports torchvision
             from torchmetrics.functional.classification import multilabel_average_precision
-            others["torchmetrics"] = functools.partial(multilabel_average_precision, torch.tensor(scores),
-                                                       torch.tensor(labels).long(), shape[1], average="none")
+            others["torchmetrics"] = functools.partial(multilabel_average_precision, scores, labels.long(), shape[1],
+                                                       average="none")
+        arrays = (scores.numpy(), labels.numpy())
         bench.compare("average precision", f"{shape[0]} x {shape[1]}", costs=False,
-                      scikit_learn=functools.partial(average_precision_score, labels, scores, average=None),
-                      fused=functools.partial(metrics.average_precision, scores, labels), **others)
+                      scikit_learn=functools.partial(average_precision_score, *arrays[::-1], average=None),
+                      fused=functools.partial(metrics.average_precision, *arrays), **others)
 
 
 def prompt_tuning(bench):
@@ -284,8 +282,7 @@ def prompt_encoding(bench, clip=None):
 def quaternion_layer(bench):
     """The first layer of QSM. One varies: only T_ca differs from image to image and from label to label, as in SSPA."""
     B, C = (8, 20) if bench.quick else (64, 80)
-    weights = [features(WIDTH, WIDTH, scale=0.03) for _ in range(4)]
-    weights.append(torch.zeros(4 * WIDTH, requires_grad=True))
+    weights = list(sspa.QuaternionLinear(WIDTH, WIDTH, "fused", torch.Generator()).parameters())
     T_ka = features(C, WIDTH, learn=False)
     x0 = features(B, 1, WIDTH, learn=False)
     vary = [features(B, C, WIDTH) for _ in range(3)]
@@ -297,17 +294,16 @@ def quaternion_layer(bench):
 
 def gated_alignment(bench):
     """Both directions. Regions need no gradient here: the image tower is frozen."""
-    draw = torch.Generator().manual_seed(0)
-    v_to_s = sspa.GatedAttention(WIDTH, 10.0, True, "reference", draw)
-    s_to_v = sspa.GatedAttention(WIDTH, 10.0, True, "reference", draw)
+    v_to_s = sspa.GatedAttention(WIDTH, 10.0, True, "fused", torch.Generator())
+    s_to_v = sspa.GatedAttention(WIDTH, 10.0, True, "fused", torch.Generator())
 
     def align(attend):
         def both(T, X):
             return attend(T, X, v_to_s)[0], attend(X, T, s_to_v)[0]
         return both
     for B, C, M in bench.some(((8, 20, 784), (8, 80, 784), (32, 20, 196), (32, 80, 196), (32, 80, 49), (4, 1000, 196))):
-        T = features(B, C, WIDTH, scale=WIDTH ** -0.5)
-        X = features(B, M, WIDTH, scale=WIDTH ** -0.5, learn=False)
+        T = features(B, C, WIDTH, scale=0.04)
+        X = features(B, M, WIDTH, scale=0.04, learn=False)
         bench.gradients("gated alignment", f"B={B} C={C} M={M}", (T, X),
                         [T, *v_to_s.parameters(), *s_to_v.parameters()],
                         reference=align(sspa.gated_attention_reference), fused=align(sspa.gated_attention_fused))
@@ -324,7 +320,7 @@ def soft_aggregator(bench):
         inputs = (T, X, 0.07, scale)
         bench.gradients("soft aggregator", shape, inputs, [T, X, scale], reference=sspa.soft_aggregate_reference,
                         fused=sspa.soft_aggregate_fused)
-        targets = (torch.rand(B, C, generator=torch.Generator().manual_seed(0)) < 0.03).to(torch.int8)
+        targets = torch.rand(B, C) < 0.03
         bench.gradients("soft aggregator + loss", shape, (*inputs, bias, targets), [T, X, scale, bias],
                         reference=sspa.soft_aggregate_loss_reference, fused=sspa.soft_aggregate_loss_fused)
 
@@ -338,7 +334,7 @@ def training_step(clip, count, features_of, impl, prompts=None, tune_image="none
     learned = list(model.learned().values())
     averages = [parameter.detach().clone() for parameter in learned]
     x0, _ = features_of()
-    targets = (torch.rand(len(x0), count, device=clip.device) < 0.04).to(torch.int8)
+    targets = torch.rand(len(x0), count, device=clip.device) < 0.04
 
     def step():
         with embed.autocast(clip.device, clip.precision):
@@ -365,23 +361,24 @@ def head(bench):
         prompts = None
         if which == "without":
             prompts = F.normalize(torch.randn(2, C, WIDTH), dim=-1)
-        sides = {impl: training_step(clip, C, lambda given=given: given, impl, prompts)
-                 for impl in ("reference", "fused") if (which, C, impl) != ("with prompts", 1000, "reference")}
-        bench.compare("head", f"B={B} C={C}, {which}", **sides)
+        impls = ("reference", "fused")
+        if which == "with prompts" and C == 1000:
+            impls = ("fused",)
+        steps = {impl: training_step(clip, C, lambda given=given: given, impl, prompts) for impl in impls}
+        bench.compare("head", f"B={B} C={C}, {which}", **steps)
 
 
 # --- tagging, and a GPU -----------------------------------------------------------------------------------------------
 BARE = """
 import sys, torch, embed
 from PIL import Image
-torch.set_num_threads(int(sys.argv[1]))
 model, _, preprocess = embed.import_open_clip().create_model_and_transforms("ViT-B-32", pretrained=None)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 class Photos(torch.utils.data.Dataset):
     def __init__(self, paths): self.paths = paths
     def __len__(self): return len(self.paths)
     def __getitem__(self, row): return preprocess(Image.open(self.paths[row]).convert("RGB"))
-loader = torch.utils.data.DataLoader(Photos(sys.argv[3:]), 64, num_workers=int(sys.argv[2]))
+loader = torch.utils.data.DataLoader(Photos(sys.argv[2:]), 64, num_workers=int(sys.argv[1]))
 model.eval().to(device)
 with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
     for images in loader:
@@ -393,14 +390,13 @@ def tagging(bench):
     """Whole commands on JPEGs of enlarged drawings, ViT-B-32, random weights, batches of 64, as many threads and
     workers on both sides. The rate is that of the photos beyond the first fifth, so that it holds no start-up. Bare:
     open_clip's model and transform in a DataLoader, nothing kept or written."""
-    threads = str(torch.get_num_threads())
     workers = str(min(16, os.cpu_count()))
-    call = functools.partial(subprocess.run, check=True, capture_output=True,
-                             env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(REPOSITORY)})
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(REPOSITORY)}
+    call = functools.partial(subprocess.run, check=True, capture_output=True, env=environment)
     with tempfile.TemporaryDirectory() as folder:
         call([sys.executable, REPOSITORY / "adapter_rp.py", "--output", folder, "--backbone", "ViT-B-32",
               "--pretrained", "none", "--text-count", "50", "--test-count", "9", "--epochs", "1", "--cache="])
-        bare = [sys.executable, "-c", BARE, threads, workers]
+        bare = [sys.executable, "-c", BARE, workers]
         ours = [sys.executable, REPOSITORY / "tag.py", Path(folder) / "checkpoint.safetensors", "--stdout", "--quiet",
                 "--cache="]
         for few, size in bench.some(((32, (640, 480)), (16, (4000, 3000)))):
@@ -448,10 +444,10 @@ def gpu(bench, device="cuda"):
             given = encode()
         for tune_image, features_of in (("none", lambda given=given: given), ("full", encode)):
             shape = f"B={B} C={C} {resolution} px, --tune-image {tune_image}"
-            sides = {impl: training_step(clip, C, features_of, impl, None, tune_image)
-                     for impl in ("reference", "fused")}
-            bench.compare("step", shape, **sides)
-            bench.add({"path": "host synchronisations", "shape": shape, "a step": synchronisations(sides["fused"])})
+            plain = training_step(clip, C, features_of, "reference", None, tune_image)
+            fused = training_step(clip, C, features_of, "fused", None, tune_image)
+            bench.compare("step", shape, reference=plain, fused=fused)
+            bench.add({"path": "host synchronisations", "shape": shape, "a step": synchronisations(fused)})
     with embed.autocast(device, "bf16"):
         prompt_encoding(bench, clip)
 
@@ -471,8 +467,8 @@ def check_commit(machine):
 
 def tables_of(record):
     """benchmark.json -> {path with dashes: tables.Table}, and "machine": what it ran on"""
-    made = {"machine": tables.Table("Measured on", [""], [[name, str(value)] for name, value in
-                                                          record["machine"].items()])}
+    machine = [[name, str(value)] for name, value in record["machine"].items()]
+    made = {"machine": tables.Table("Measured on", [""], machine)}
     for path in {row["path"]: None for row in record["rows"]}:
         rows = [row for row in record["rows"] if row["path"] == path]
         columns = dict.fromkeys(key for row in rows for key in row if key not in ("path", "shape", "ratio"))
