@@ -66,7 +66,8 @@ experiments() {
     done
 
     # what one would try first, and what prompt tuning costs
-    once baselines baselines.json experiments/baselines.py --features "$FEATURES"
+    once baselines-features baselines.json experiments/baselines.py --features "$FEATURES"
+    once baselines-scenes baselines.json experiments/baselines.py
     once rp-cost benchmark.json experiments/benchmark.py cost
 
     # SSPA on scenes: the whole, number of photos, ablations, where maps point

@@ -188,8 +188,7 @@ def read_curve(result):
     """curve.json: mAP of each way to learn with each number of photos"""
     numbers = {}
     for row in result["rows"]:
-        numbers.setdefault(f"{row['name']}, {row['photos']}", []).append(row["mAP"])
-    numbers = {name: summary(values) for name, values in numbers.items()}
+        numbers[f"{row['name']}, {row['photos']}"] = summary(row["mAP"])
     return facts_of(result, result["dataset"], numbers)
 
 
@@ -335,11 +334,13 @@ def rp_main(runs):
 
 
 def rp_baselines(runs):
-    rows = [[name, number(runs, f"baselines/{name}")] for name in runs.get("baselines", {}).get("numbers", ())]
+    sets = SETS[:2]
+    names = runs.get("baselines-features", {"numbers": ()}).get("numbers", ())
+    rows = [[name, *(number(runs, f"baselines-{dataset}/{name}") for dataset in sets)] for name in names]
     if rows:
-        rows += [["RP, no noise", number(runs, "rp-features" + NO_NOISE)],
-                 ["RP, noise 0.15, drawn anew in every step", number(runs, "rp-features")]]
-    return Table("What one would try first, on the same texts and photos (features), mAP", ["mAP"], rows)
+        rows += [["RP, no noise", *(number(runs, f"rp-{dataset}{NO_NOISE}") for dataset in sets)],
+                 ["RP, noise 0.15, drawn anew in every step", *(number(runs, f"rp-{dataset}") for dataset in sets)]]
+    return Table("What one would try first, on the same texts and photos, mAP", sets, rows)
 
 
 def rp_noise(runs):
