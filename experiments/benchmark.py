@@ -8,8 +8,8 @@
 
 Prints a line a row and writes D/benchmark.json. A row: milliseconds of each side (median over rounds), how many times
 those of the fused path the others take, peak extra memory (parameters and optimiser state are not counted),
-multiplications of the matrix products, counted from their shapes by PyTorch. CLIP's weights are
-random: times do not depend on them.
+multiplications of the matrix products, counted from their shapes by PyTorch. CLIP's weights are random: times do not
+depend on them.
 """
 import argparse
 import functools
@@ -118,19 +118,21 @@ class Bench:
         self.compare(path, shape, **{side: gradient_step(side_of, inputs, needed) for side, side_of in sides.items()})
 
     def compare(self, path, shape, costs=True, **sides):
-        """Measures one row. sides: reference, the plain formula; fused, ours; others'; each () -> anything. Its ratio
-        is the first side's. costs: memory and multiplications, too, of PyTorch's"""
+        """Measures one row. sides: reference, the plain formula; fused, ours; others' code; each () -> anything. Its
+        ratio is the first side's. costs: its memory and multiplications, too; PyTorch counts its own alone"""
         row = {"path": path, "shape": shape}
         times = interleave(sides.values(), self.quick)
         for side, ms in zip(sides, times, strict=True):
             row[f"{side}_ms"] = ms
         row["ratio"] = times[0] / row["fused_ms"]
-        for side, function in sides.items():
+        for side in sides:
             if side != "fused":
                 row[f"{side} / fused"] = row[f"{side}_ms"] / row["fused_ms"]
-            if costs:
-                row[f"{side}_mib"], row[f"multiplications_{side}"] = cost(function)
-        self.add(row)
+        products = {}
+        if costs:
+            for side, function in sides.items():
+                row[f"{side}_mib"], products[f"multiplications_{side}"] = cost(function)
+        self.add(row | products)
 
     def add(self, row):
         path, shape, *numbers = row.values()
@@ -350,7 +352,7 @@ def training_step(clip, count, features_of, impl, prompts=None, tune_image="none
 
 def head(bench):
     """The whole training step, image tower frozen (M=196). Without: the features of prompts are given; the plain
-    formula's prompts would need 40 GiB at 1,000 labels, and hours at 10,000."""
+    formula's prompts would need 37 GiB at 1,000 labels, ours nearly as much at 10,000."""
     clip = random_clip()
     for which, B, C in bench.some((("with prompts", 64, 20), ("with prompts", 64, 80), ("with prompts", 8, 1000),
                                    ("without", 64, 20), ("without", 64, 80), ("without", 8, 1000),
@@ -461,8 +463,8 @@ TABLES["all"] = (*TABLES["rp"][:3], *TABLES["sspa"], tagging)
 # --- docs/speed.md ----------------------------------------------------------------------------------------------------
 def check_commit(machine):
     if machine["quick"] or not re.fullmatch("[0-9a-f]+", machine["commit"]):
-        raise UsageError(f"commit {machine['commit']}: {PAGE.name} names one without changes, timed without --quick; "
-                         "commit them")
+        raise UsageError(f"{PAGE.name} takes numbers of a commit without changes, timed without --quick, not of "
+                         f"{machine['commit']}; commit the changes and run `all` again")
 
 
 def tables_of(record):
