@@ -62,7 +62,8 @@ class Config(run.Options):
     noise_law: str = option("gaussian", "what the noise on text embeddings is drawn from [choice D1]",
                             choices=("gaussian", "uniform", "sphere", "none"))
     noise_std: float = option(0.15, "its standard deviation per coordinate, in mean text norms; added after "
-                              "--normalize, and not normalised again [choice D2]", type=run.NOT_NEGATIVE)
+                              "--normalize, and not normalised again [choice D2, looked at on test data once]",
+                              type=run.NOT_NEGATIVE)
     normalize: bool = option(False, "embeddings of length 1 instead of raw ones, before the noise [choice D3]")
     adapter: str = option("mlp", "mlp: a hidden layer; linear: none [choice D4]", choices=("mlp", "linear"))
     head: str = option("per-label", "how labels are read off: a classifier for each, or by likeness to their names' "

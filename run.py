@@ -272,7 +272,7 @@ def earlier_scores(folder):
 
 def end_seed(folder, record, began, scores):
     """metrics.json with another seed in record["runs"], and the means over all of them; scores.safetensors. began:
-    start time; scores: {name: [M, C]}, kept as float32 (truth: as int8), empty without test photos"""
+    start time; scores: {name: tensor [M, C]}, empty without test photos"""
     runs = record["runs"]
     record["seconds"] = round(time.time() - began, 2)
     record["peak_memory_mib"] = peak_memory_mib()
@@ -283,10 +283,7 @@ def end_seed(folder, record, began, scores):
             label["ap"], _ = spread([one["ap"][column] for one in runs])
     if folder and RANK == 0:
         if scores:
-            content = {}
-            for name, tensor in scores.items():
-                kind = torch.int8 if name == "truth" else torch.float32
-                content[name] = tensor.to(kind).contiguous()
+            content = {name: tensor.contiguous() for name, tensor in scores.items()}
             data.write_atomically(folder / "scores.safetensors", to_safetensors(content))
         data.write_json(folder / "metrics.json", record)
         (folder / "resume.pt").unlink(missing_ok=True)

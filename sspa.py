@@ -81,14 +81,14 @@ class Config(run.Options):
     focal_gradient: str = option("full", "loss: its weights are differentiated too [choice D10]; stopped [author]",
                                  choices=("full", "stopped"))
     regional_weight: float = option(1.0, "weight of the regional branch's loss [author D10]", type=run.NOT_NEGATIVE)
-    lr: float = option(None, "AdamW's, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice])",
-                       type=run.POSITIVE)
+    lr: float = option(None, "AdamW's, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice D11, looked at "
+                       "on test data once])", type=run.POSITIVE)
     prompt_lr: float = option(1e-3, "that of the learnable words [choice D11]", type=run.POSITIVE)
     image_lr_factor: float = option(0.1, "times --lr: that of a tuned image tower [author D11]", type=run.NOT_NEGATIVE)
     ema: float = option(0.9997, "the model is a moving average over steps, near 1 of more [author D11]",
                         type=run.SHARE)
     epochs: int = option(None, "passes over the training photos (default: 20, or as many as 150 steps take) "
-                         "[choice D12]", type=run.COUNT)
+                         "[choice D12, the least looked at on test data once]", type=run.COUNT)
     batch_size: int = option(64, "photos a step, over all processes [choice D12]", type=run.COUNT)
 
 
@@ -794,7 +794,7 @@ def evaluate(config, clip, model, photos):
         result["mAP_global"] = metrics.mean_average_precision(global_logits.numpy(), truth)
     if config.branches != "global":
         result["mAP_regional"] = metrics.mean_average_precision(regional_logits.numpy(), truth)
-    return result, scores
+    return result, scores.float()
 
 
 def load_sspa(config, path, stored, metadata, clip, names):
