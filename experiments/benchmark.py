@@ -415,8 +415,8 @@ def tagging(bench):
             seconds = interleave(calls, bench.quick, 100) / 1000
             bare_rate, rate = 4 * few / (seconds[1::2] - seconds[::2])
             bench.add({"path": "tagging", "shape": f"{size[0]} x {size[1]} pixels, {workers} workers",
-                       "bare_photos_s": bare_rate, "photos_s": rate, "photos_s / bare": rate / bare_rate,
-                       "bare_start_s": seconds[0] - few / bare_rate, "start_s": seconds[2] - few / rate})
+                       "bare, photos/s": bare_rate, "ours, photos/s": rate, "ours / bare": rate / bare_rate,
+                       "bare, start, s": seconds[0] - few / bare_rate, "ours, start, s": seconds[2] - few / rate})
 
 
 def synchronisations(step):
