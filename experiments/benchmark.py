@@ -1,19 +1,16 @@
-"""Side-by-side timings of the plain formula, the fused path and other people's code, interleaved in one run.
+"""Times and memory of plain formulas, fused paths and other people's code, side by side in one run.
 
     python experiments/benchmark.py all --output D       20 minutes on two cores: all but prompt tuning and the GPU
-    python experiments/benchmark.py docs --output D      what `all` wrote -> the tables' places in docs/speed.md
-    python experiments/benchmark.py rp --output D        a part of it, and prompt tuning; others: sspa, tag
     python experiments/benchmark.py cost --output D      prompt tuning beside the adapter, for docs/results.md
-    python experiments/benchmark.py gpu --output D       tagging and SSPA's training step on a GPU; refuses without one
+    python experiments/benchmark.py gpu --output D       tagging, SSPA's training step, prompts; refuses without a GPU
+    python experiments/benchmark.py docs --output D      what `all` or `gpu` wrote -> its tables in docs/speed.md
 
-Prints a line a row and writes D/benchmark.json. A row: milliseconds of each side (median over rounds), how many times
-those of the fused path the others take, peak extra memory (parameters and optimiser state are not counted),
-multiplications of the matrix products, counted from their shapes by PyTorch. CLIP's weights are random: times do not
-depend on them.
+Prints a line for each row and writes D/benchmark.json. A row has the milliseconds of each side (median over rounds),
+how many times as long as ours the others take, and the peak of the memory that a call takes (parameters and optimiser
+state are not counted). CLIP's weights are random: times do not depend on them.
 """
 import argparse
 import functools
-import inspect
 import itertools
 import json
 import os
@@ -24,7 +21,6 @@ import sys
 import tempfile
 import time
 import warnings
-from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,13 +47,11 @@ PAGE = REPOSITORY / "docs/speed.md"
 WIDTH = 512    # ViT-B's joint space
 BATCH = 512    # RP's batch
 TEXTS = 4096   # training texts
+LABELS = (20, 80, 1000, 10000)
+IMPLS = {"plain": "reference", "fused": "fused"}  # name of a side: --impl
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
-for packet in ("addmm", "baddbmm"):  # in place they are products too, which the counter does not know
-    flop_registry[getattr(torch.ops.aten, f"{packet}_")] = flop_registry[getattr(torch.ops.aten, packet)]
-
-
 def timed(function):
     """Seconds of a call"""
     began = time.perf_counter()
@@ -67,77 +61,83 @@ def timed(function):
     return time.perf_counter() - began
 
 
-def interleave(functions, quick, seconds=3):
+def interleave(functions, seconds):
     """A B A B ...: milliseconds of each, median over the rounds that begin within so many seconds, after one that warms
-    up. quick: one round"""
+    up; with 0 seconds, of that one"""
     rounds = [list(map(timed, functions))]
     began = time.perf_counter()
-    while not quick and time.perf_counter() - began < seconds:
+    while time.perf_counter() - began < seconds:
         rounds.append(list(map(timed, functions)))
     return 1000 * np.median(rounds[1:] or rounds, 0)
 
 
-def cost(function):
-    """-> highest sum of what the allocator handed out and had not got back during a call, MiB; multiplications of the
-    call's matrix products, by their shapes (attention in one operation is not counted)"""
-    counter = FlopCounterMode(display=False)
-    with counter, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                         profile_memory=True) as profile:
+def peak_mib(function):
+    """Most of the memory that PyTorch allocated and had not freed during a call, MiB"""
+    with torch.profiler.profile(profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     held = np.cumsum([event.nbytes() for event in events])
-    return float(held.max(initial=0)) / 2 ** 20, counter.get_total_flops() / 2
+    return held.max(initial=0) / 2 ** 20
 
 
-def features(*shape, learn=True, scale=1.0):
-    return (scale * torch.randn(shape)).requires_grad_(learn)
-
-
-def gradient_step(function, inputs, needed):
-    """-> () -> the gradients of the needed tensors; the one above is the output itself, a number like any other"""
-    def step():
-        output = function(*inputs)
-        return torch.autograd.grad(output, needed, output)
-    return step
+def multiplications(function):
+    """Those of a call's matrix products, counted from their shapes"""
+    flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]  # a product, too, which is not known
+    counter = FlopCounterMode(display=False)
+    with counter:
+        function()
+    return counter.get_total_flops() / 2
 
 
 class Bench:
     """Measures rows, prints them, keeps them for benchmark.json."""
 
-    def __init__(self, quick):
-        self.quick = quick
+    def __init__(self, device="cpu"):
+        self.device = device
+        self.backbone = "ViT-B-32"
+        self.seconds = 3
         self.rows = []
 
-    def some(self, shapes):
-        """All shapes; the first with --quick"""
-        return shapes[:1] if self.quick else shapes
+    def sizes(self, sizes, small):
+        """What to measure; in a test, which sets seconds to 0, the small one"""
+        if self.seconds:
+            return sizes
+        return [small]
 
-    def gradients(self, path, shape, inputs, needed, **sides):
-        """Measures one row: output and the needed gradients of each function"""
-        self.compare(path, shape, **{side: gradient_step(side_of, inputs, needed) for side, side_of in sides.items()})
-
-    def compare(self, path, shape, costs=True, **sides):
-        """Measures one row. sides: reference, the plain formula; fused, ours; others' code; each () -> anything. Its
-        ratio is the first side's. costs: its memory and multiplications, too; PyTorch counts its own alone"""
-        row = {"path": path, "shape": shape}
-        times = interleave(sides.values(), self.quick)
-        for side, ms in zip(sides, times, strict=True):
-            row[f"{side}_ms"] = ms
-        row["ratio"] = times[0] / row["fused_ms"]
-        for side in sides:
-            if side != "fused":
-                row[f"{side} / fused"] = row[f"{side}_ms"] / row["fused_ms"]
-        products = {}
-        if costs:
+    def compare(self, table, shape, sides, memory=True):
+        """Measures a row. sides: {name: () -> anything}, ours last; memory: its peak, too, where all is PyTorch's"""
+        times = dict(zip(sides, interleave(sides.values(), self.seconds), strict=True))
+        *others, ours = sides
+        columns = {f"{side}, ms": ms for side, ms in times.items()}
+        for side in others:
+            columns[f"{side} / {ours}"] = times[side] / times[ours]
+        if memory and self.device == "cpu":
             for side, function in sides.items():
-                row[f"{side}_mib"], products[f"multiplications_{side}"] = cost(function)
-        self.add(row | products)
+                columns[f"{side}, MiB"] = peak_mib(function)
+        self.add(table, shape, columns)
 
-    def add(self, row):
-        path, shape, *numbers = row.values()
-        print(f"{path:<24}{shape:<30}" + "".join(f"{number:>12.4g}" for number in numbers), flush=True)
-        self.rows.append(row)
+    def gradients(self, table, shape, inputs, needed, formulas):
+        """Measures a row: each formula of the inputs, and the gradients of the needed tensors"""
+        def step(formula):
+            output = formula(*inputs)
+            torch.autograd.grad(output, needed, output)  # any number serves as the gradient above: here the output
+        self.compare(table, shape, {side: functools.partial(step, formula) for side, formula in formulas.items()})
+
+    def add(self, table, shape, columns):
+        columns = {title: round(float(value), 4) for title, value in columns.items()}
+        print(table, shape, columns, sep=", ", flush=True)
+        self.rows.append({"table": table, "shape": shape, **columns})
+
+
+def learnt(*shape, scale=1.0):
+    return (scale * torch.randn(shape)).requires_grad_()
+
+
+def update(loss, optimiser):
+    loss.backward()
+    optimiser.step()
+    optimiser.zero_grad()
 
 
 # --- RP ---------------------------------------------------------------------------------------------------------------
@@ -145,45 +145,38 @@ def texts_and_labels(classes):
     """Random text embeddings [TEXTS, WIDTH] and up to three labels for each, int8 [TEXTS, classes]"""
     labels = torch.zeros(TEXTS, classes, dtype=torch.int8)
     labels.scatter_(1, torch.randint(classes, (TEXTS, 3)), 1)
-    return features(TEXTS, WIDTH, learn=False, scale=5), labels
+    return 5 * torch.randn(TEXTS, WIDTH), labels
 
 
-def adapter_script(embeddings, labels, impl):
-    """reference: the script one would write (DataLoader, plain formulas, unfused AdamW); fused: the step of
-    adapter_rp.train -> a step"""
+def adapter_step(embeddings, labels, impl):
+    """A step of adapter_rp.train -> () -> None"""
     config = rp.Config(impl=impl)
     adapter = rp.Adapter(WIDTH, labels.shape[1], 0)
-    optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-3, weight_decay=1e-4, fused=impl == "fused")
-    mean_norm = embeddings.norm(dim=-1).mean().item()
-    generator = torch.Generator()
+    optimiser = torch.optim.AdamW(adapter.parameters(), lr=1e-3, fused=impl == "fused")
     perturb = rp.perturb_fused
-    order = itertools.cycle(torch.randperm(TEXTS).split(BATCH))
-    batches = ((embeddings[rows], labels[rows]) for rows in order)
     if impl == "reference":
         perturb = rp.perturb_reference
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(embeddings, labels), BATCH, shuffle=True)
-        batches = itertools.chain.from_iterable(itertools.repeat(loader))  # one epoch after the other
+    generator = torch.Generator()
+    batches = itertools.cycle(torch.randperm(TEXTS).split(BATCH))
 
     def step():
-        texts, targets = next(batches)
-        texts = perturb(texts, 0.15, "gaussian", mean_norm, generator)
-        rp.text_loss(config, adapter, texts, targets, None).backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        rows = next(batches)
+        texts = perturb(embeddings[rows], 0.15, "gaussian", 10.0, generator)
+        update(rp.text_loss(config, adapter, texts, labels[rows], None), optimiser)
     return step
 
 
-def adapter_step(bench):
-    """A whole training step with 512 texts"""
-    for classes in bench.some((20, 80, 1000, 10000)):
+def rp_step(bench):
+    """RP's training step, 512 texts"""
+    for classes in bench.sizes(LABELS, 20):
         texts = texts_and_labels(classes)
-        bench.compare("adapter step", f"C={classes}", reference=adapter_script(*texts, "reference"),
-                      fused=adapter_script(*texts, "fused"))
+        sides = {side: adapter_step(*texts, impl) for side, impl in IMPLS.items()}
+        bench.compare("RP step", f"{classes:,} labels", sides)
 
 
-def others_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
-    """The asymmetric loss by the formula of its authors' optimized class, in place where autograd allows. targets:
-    floats, as that class takes them."""
+def authors_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
+    """The asymmetric loss by the formula of its authors' class AsymmetricLossOptimized, in place where autograd allows.
+    targets: floats, as that class takes them"""
     absent = 1 - targets
     p = torch.sigmoid(logits)
     q = 1 - p
@@ -194,48 +187,50 @@ def others_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
 
 
 def asymmetric_loss(bench):
-    """Loss and gradient, elementwise; others: AsymmetricLossOptimized's formula"""
-    for classes in bench.some((20, 80, 1000, 10000)):
-        logits = features(BATCH, classes, scale=3.0)
+    """The loss and its gradient, 512 texts"""
+    formulas = {"plain": lambda logits, targets, _: sspa.asymmetric_loss_reference(logits, targets, 4.0),
+                "AsymmetricLossOptimized": lambda logits, _, targets: authors_loss(logits, targets),
+                "fused": lambda logits, targets, _: sspa.asymmetric_loss_fused(logits, targets, 4.0)}
+    for classes in bench.sizes(LABELS, 20):
+        logits = learnt(BATCH, classes, scale=3.0)
         targets = texts_and_labels(classes)[1][:BATCH]
-        floats = targets.float()
-        bench.gradients("asymmetric loss", f"B={BATCH} C={classes}", (logits, targets, 4.0), [logits],
-                        reference=sspa.asymmetric_loss_reference, fused=sspa.asymmetric_loss_fused,
-                        others=lambda z, _, gamma_neg, floats=floats: others_loss(z, floats, 0.0, gamma_neg))
+        bench.gradients("asymmetric loss", f"{classes:,} labels", (logits, targets, targets.float()), [logits],
+                        formulas)
 
 
 def average_precision(bench):
-    """metrics.average_precision beside scikit-learn's, a loop over labels, and torchmetrics' where it is installed"""
+    """metrics.average_precision beside scikit-learn's and, where it is installed, torchmetrics'"""
+    embed.import_open_clip()  # mends torchvision, which torchmetrics imports
     from sklearn.metrics import average_precision_score
-    for shape in bench.some(((4952, 20), (40504, 80), (107859, 81))):
-        scores = torch.rand(shape)
-        labels = torch.rand(shape) < 0.04
-        others = {}
+    for photos, classes in bench.sizes([(4952, 20), (40504, 80)], (99, 3)):
+        scores = torch.rand(photos, classes)
+        labels = torch.rand(photos, classes) < 0.04
+        sides = {"scikit-learn": functools.partial(average_precision_score, labels.numpy(), scores.numpy())}
         if find_spec("torchmetrics"):
-            embed.import_open_clip()  # torchmetrics imports torchvision
             from torchmetrics.functional.classification import multilabel_average_precision
-            others["torchmetrics"] = functools.partial(multilabel_average_precision, scores, labels.long(), shape[1],
-                                                       average="none")
-        arrays = (scores.numpy(), labels.numpy())
-        bench.compare("average precision", f"{shape[0]} x {shape[1]}", costs=False,
-                      scikit_learn=functools.partial(average_precision_score, *arrays[::-1], average=None),
-                      fused=functools.partial(metrics.average_precision, *arrays), **others)
+            sides["torchmetrics"] = functools.partial(multilabel_average_precision, scores, labels.long(), classes)
+        sides["ours"] = functools.partial(metrics.average_precision, scores.numpy(), labels.numpy())
+        bench.compare("average precision", f"{photos:,} photos, {classes} labels", sides, memory=False)
 
 
 def prompt_tuning(bench):
     """What an adapter spares. Reference: a step of prompt tuning in TaI-DPT's form (16 learnable context tokens, C x 77
     tokens through ViT-B-32's frozen text encoder, 20 labels at a time); fused: an adapter step. Same batch and loss."""
-    for classes in (2,) if bench.quick else (20, 40, 80, 160, 320):
+    for classes in bench.sizes((20, 40, 80, 160, 320), 2):
         texts, labels = texts_and_labels(classes)
-        bench.compare("prompt tuning", f"C={classes}", reference=prompt_step(texts[:BATCH], labels[:BATCH]),
-                      fused=adapter_script(texts, labels, "fused"))
+        prompts = prompt_step(random_clip(bench.backbone), labels[:BATCH])
+        adapter = adapter_step(texts, labels, "fused")
+        prompts_ms, adapter_ms = interleave([prompts, adapter], bench.seconds)
+        bench.add("prompt tuning", f"C={classes}", {
+            "reference_ms": prompts_ms, "fused_ms": adapter_ms, "ratio": prompts_ms / adapter_ms,
+            "multiplications_reference": multiplications(prompts), "multiplications_fused": multiplications(adapter)})
 
 
-def prompt_step(texts, labels):
-    clip = random_clip()
-    texts = 20 * F.normalize(texts, dim=-1)
+def prompt_step(clip, labels):
+    width, d = clip.model.text_projection.shape
     tokens = clip.tokenizer([f"{'X ' * 16}thing number {number}." for number in range(labels.shape[1])])
-    context = features(1, 16, WIDTH, scale=0.02)
+    context = learnt(1, 16, width, scale=0.02)
+    texts = 20 * F.normalize(torch.randn(len(labels), d), dim=-1)
     optimiser = torch.optim.AdamW([context], lr=1e-3)
 
     def step():
@@ -250,16 +245,16 @@ def prompt_step(texts, labels):
 
 # --- SSPA -------------------------------------------------------------------------------------------------------------
 @functools.cache
-def random_clip():
-    return embed.load_clip("ViT-B-32", "none")
+def random_clip(backbone):
+    return embed.load_clip(backbone, "none")
 
 
 def labels_of(clip, count):
     """COCO's names, again and again, with random features of what KAP reads -> sspa.Labels"""
+    width, d = clip.model.text_projection.shape
     names = (data.label_names("coco2014") * 125)[:count]
     tokens = clip.tokenizer([f"X X X X {name}." for name in names])
-    return sspa.Labels(names, names, tokens, torch.randn(count, clip.model.text_projection.shape[1]),
-                       torch.randn(4, len(clip.model.ln_final.weight)) / 50)
+    return sspa.Labels(names, names, tokens, torch.randn(count, d), torch.randn(4, width) / 50)
 
 
 def cut_prompts(model, contexts, tokens):
@@ -271,68 +266,54 @@ def cut_prompts(model, contexts, tokens):
     return sspa.encode_prompts_reference(short, contexts, tokens[:, :longest])
 
 
-def prompt_encoding(bench, clip=None):
-    """Two prompt sets of COCO's names; cut: the plain formula without the padding"""
-    clip = clip or random_clip()
-    labels = labels_of(clip, 2 if bench.quick else 80)
+def prompts(bench, clip=None):
+    """Two prompt sets of COCO's names; cut: the plain formula without the positions after the longest prompt"""
+    clip = clip or random_clip(bench.backbone)
+    formulas = {"plain": sspa.encode_prompts_reference, "cut": cut_prompts, "fused": sspa.encode_prompts_fused}
+    labels = labels_of(clip, *bench.sizes([80], 2))
     contexts = torch.stack([labels.words] * 2).to(clip.device).requires_grad_()
-    bench.gradients("prompt encoding", f"C={len(labels.names)}, 2 sets",
-                    (clip.model, contexts, labels.tokens.to(clip.device)), [contexts],
-                    reference=sspa.encode_prompts_reference, cut=cut_prompts, fused=sspa.encode_prompts_fused)
+    bench.gradients("prompts", f"2 sets of {len(labels.names)} labels",
+                    (clip.model, contexts, labels.tokens.to(clip.device)), [contexts], formulas)
 
 
-def quaternion_layer(bench):
-    """The first layer of QSM. One varies: only T_ca differs from image to image and from label to label, as in SSPA."""
-    B, C = (8, 20) if bench.quick else (64, 80)
-    weights = list(sspa.QuaternionLinear(WIDTH, WIDTH, "fused", torch.Generator()).parameters())
-    T_ka = features(C, WIDTH, learn=False)
-    x0 = features(B, 1, WIDTH, learn=False)
-    vary = [features(B, C, WIDTH) for _ in range(3)]
-    for which, components, learnt in (("one varies", (T_ka, vary[0], x0), vary[:1]), ("all vary", vary, vary)):
-        bench.gradients("quaternion layer 1", f"B={B} C={C}, {which}", ((None, *components), *weights),
-                        [*learnt, *weights], reference=sspa.quaternion_linear_reference,
-                        fused=sspa.quaternion_linear_fused)
-
-
-def gated_alignment(bench):
-    """Both directions. Regions need no gradient here: the image tower is frozen."""
-    v_to_s = sspa.GatedAttention(WIDTH, 10.0, True, "fused", torch.Generator())
-    s_to_v = sspa.GatedAttention(WIDTH, 10.0, True, "fused", torch.Generator())
+def parts(bench):
+    """Parts of SSPA with all gradients, but those of regions in the alignment: the image tower is frozen"""
+    draw = torch.Generator()
+    weights = list(sspa.QuaternionLinear(WIDTH, WIDTH, "fused", draw).parameters())
+    quaternion = {"plain": sspa.quaternion_linear_reference, "fused": sspa.quaternion_linear_fused}
+    v_to_s = sspa.GatedAttention(WIDTH, 10.0, True, "fused", draw)
+    s_to_v = sspa.GatedAttention(WIDTH, 10.0, True, "fused", draw)
 
     def align(attend):
-        def both(T, X):
-            return attend(T, X, v_to_s)[0], attend(X, T, s_to_v)[0]
-        return both
-    for B, C, M in bench.some(((8, 20, 784), (8, 80, 784), (32, 20, 196), (32, 80, 196), (32, 80, 49), (4, 1000, 196))):
-        T = features(B, C, WIDTH, scale=0.04)
-        X = features(B, M, WIDTH, scale=0.04, learn=False)
-        bench.gradients("gated alignment", f"B={B} C={C} M={M}", (T, X),
-                        [T, *v_to_s.parameters(), *s_to_v.parameters()],
-                        reference=align(sspa.gated_attention_reference), fused=align(sspa.gated_attention_fused))
-
-
-def soft_aggregator(bench):
-    """With all gradients; and in training: with the loss, loss and gradients in one pass."""
+        return lambda T, X: (attend(T, X, v_to_s)[0], attend(X, T, s_to_v)[0])
+    alignment = {"plain": align(sspa.gated_attention_reference), "fused": align(sspa.gated_attention_fused)}
+    aggregator = {"plain": sspa.soft_aggregate_reference, "fused": sspa.soft_aggregate_fused}
+    aggregator_loss = {"plain": sspa.soft_aggregate_loss_reference, "fused": sspa.soft_aggregate_loss_fused}
     scale = torch.tensor(20.0, requires_grad=True)
     bias = torch.tensor(-3.0, requires_grad=True)
-    for B, C, M in bench.some(((32, 80, 196), (8, 80, 784), (32, 1000, 196), (8, 10000, 196))):
-        shape = f"B={B} C={C} M={M}"
-        T = features(B, C, WIDTH)
-        X = features(B, M, WIDTH)
-        inputs = (T, X, 0.07, scale)
-        bench.gradients("soft aggregator", shape, inputs, [T, X, scale], reference=sspa.soft_aggregate_reference,
-                        fused=sspa.soft_aggregate_fused)
-        targets = torch.rand(B, C) < 0.03
-        bench.gradients("soft aggregator + loss", shape, (*inputs, bias, targets), [T, X, scale, bias],
-                        reference=sspa.soft_aggregate_loss_reference, fused=sspa.soft_aggregate_loss_fused)
+
+    for B, C, M in bench.sizes([(32, 80, 196), (8, 20, 784), (2, 10000, 196)], (2, 3, 4)):
+        shape = f"{B} photos, {C:,} labels, {M} regions"
+        T = learnt(B, C, WIDTH, scale=0.04)
+        X = learnt(B, M, WIDTH, scale=0.04)
+        first = (None, torch.randn(C, WIDTH), T, torch.randn(B, 1, WIDTH))  # only T_ca is of each photo and label
+        later = [learnt(B, C, WIDTH) for _ in range(4)]
+        bench.gradients("first quaternion layer", shape, (first, *weights), [T, *weights], quaternion)
+        bench.gradients("later quaternion layer", shape, (later, *weights), [*later, *weights], quaternion)
+        needed = [T, *v_to_s.parameters(), *s_to_v.parameters()]
+        bench.gradients("gated alignment", shape, (T, X.detach()), needed, alignment)
+        needed = [T, X, scale]
+        bench.gradients("soft aggregator", shape, (T, X, 0.1, scale), needed, aggregator)
+        inputs = (T, X, 0.1, scale, bias, torch.rand(B, C) < 0.03)
+        bench.gradients("soft aggregator with loss", shape, inputs, [*needed, bias], aggregator_loss)
 
 
 def training_step(clip, count, features_of, impl, prompts=None, tune_image="none"):
     """A step of sspa.train with so many labels. features_of: () -> (x0 [B, d], X [B, M, d]); prompts: their features,
     if they are not to be computed -> () -> loss"""
-    model = sspa.SSPA(sspa.Config(tune_image=tune_image, impl=impl, lr=5e-5), clip.model, labels_of(clip, count), 0)
-    model = model.to(clip.device)
-    optimiser = sspa.optimiser_of(model.config, model)
+    config = sspa.Config(tune_image=tune_image, impl=impl, lr=5e-5)
+    model = sspa.SSPA(config, clip.model, labels_of(clip, count), 0).to(clip.device)
+    optimiser = sspa.optimiser_of(config, model)
     learned = list(model.learned().values())
     averages = [parameter.detach().clone() for parameter in learned]
     x0, _ = features_of()
@@ -341,33 +322,26 @@ def training_step(clip, count, features_of, impl, prompts=None, tune_image="none
     def step():
         with embed.autocast(clip.device, clip.precision):
             loss = model(*features_of(), targets, prompts)
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        update(loss, optimiser)
         with torch.no_grad():
             torch._foreach_lerp_(averages, learned, 0.01)
         return loss.detach()
     return step
 
 
-def head(bench):
-    """The whole training step, image tower frozen (M=196). Without: the features of prompts are given; the plain
-    formula's prompts would need 37 GiB at 1,000 labels, ours nearly as much at 10,000."""
-    clip = random_clip()
-    for which, B, C in bench.some((("with prompts", 64, 20), ("with prompts", 64, 80), ("with prompts", 8, 1000),
-                                   ("without", 64, 20), ("without", 64, 80), ("without", 8, 1000),
-                                   ("without", 2, 10000))):
-        if bench.quick:
-            B, C = 4, 2
-        given = (features(B, WIDTH, learn=False), features(B, 196, WIDTH, learn=False))
-        prompts = None
-        if which == "without":
-            prompts = F.normalize(torch.randn(2, C, WIDTH), dim=-1)
-        impls = ("reference", "fused")
-        if which == "with prompts" and C == 1000:
-            impls = ("fused",)
-        steps = {impl: training_step(clip, C, lambda given=given: given, impl, prompts) for impl in impls}
-        bench.compare("head", f"B={B} C={C}, {which}", **steps)
+def sspa_step(bench):
+    """SSPA's training step, image tower frozen: 8 photos of 196 regions"""
+    clip = random_clip(bench.backbone)
+    d = clip.model.text_projection.shape[1]
+    given = (torch.randn(8, d), torch.randn(8, 196, d))
+    for classes in bench.sizes(LABELS, 20):
+        features = F.normalize(torch.randn(2, classes, d), dim=-1)
+        for table, prompts in {"SSPA step": None, "SSPA step, prompts given": features}.items():
+            sides = {side: training_step(clip, classes, lambda: given, impl, prompts) for side, impl in IMPLS.items()}
+            if classes >= 1000 and prompts is None:  # the plain formula's prompts would need 37 GiB
+                del sides["plain"]
+            if classes < 10000 or prompts is not None:  # prompts would need nearly as much in ours
+                bench.compare(table, f"{classes:,} labels", sides)
 
 
 # --- tagging, and a GPU -----------------------------------------------------------------------------------------------
@@ -389,34 +363,29 @@ with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "
 
 
 def tagging(bench):
-    """Whole commands on JPEGs of enlarged drawings, ViT-B-32, random weights, batches of 64, as many threads and
-    workers on both sides. The rate is that of the photos beyond the first fifth, so that it holds no start-up. Bare:
-    open_clip's model and transform in a DataLoader, nothing kept or written."""
-    workers = str(min(16, os.cpu_count()))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(REPOSITORY)}
-    call = functools.partial(subprocess.run, check=True, capture_output=True, env=environment)
+    """Whole commands on JPEGs, ViT-B-32, batches of 64. Bare: open_clip's model and transform in a DataLoader, nothing
+    kept or written. A command with one photo, which is mostly start, and the rate of all others."""
+    call = functools.partial(subprocess.run, check=True, capture_output=True, cwd=REPOSITORY)
     with tempfile.TemporaryDirectory() as folder:
-        call([sys.executable, REPOSITORY / "adapter_rp.py", "--output", folder, "--backbone", "ViT-B-32",
-              "--pretrained", "none", "--text-count", "50", "--test-count", "9", "--epochs", "1", "--cache="])
-        bare = [sys.executable, "-c", BARE, workers]
-        ours = [sys.executable, REPOSITORY / "tag.py", Path(folder) / "checkpoint.safetensors", "--stdout", "--quiet",
-                "--cache="]
-        for few, size in bench.some(((32, (640, 480)), (16, (4000, 3000)))):
-            if bench.quick:
-                few = 1
-            elif torch.cuda.is_available():
-                few *= 16
-            photos = [Path(folder) / f"{few}-{number}.jpg" for number in range(5 * few)]
-            scenes.picture("test", 0)[0].resize(size).save(photos[0], quality=90)
-            for photo in photos[1:]:
-                photo.hardlink_to(photos[0])
-            calls = [functools.partial(call, [*words, *photos[:count]]) for words in (bare, ours)
-                     for count in (few, 5 * few)]
-            seconds = interleave(calls, bench.quick, 100) / 1000
-            bare_rate, rate = 4 * few / (seconds[1::2] - seconds[::2])
-            bench.add({"path": "tagging", "shape": f"{size[0]} x {size[1]} pixels, {workers} workers",
-                       "bare, photos/s": bare_rate, "ours, photos/s": rate, "ours / bare": rate / bare_rate,
-                       "bare, start, s": seconds[0] - few / bare_rate, "ours, start, s": seconds[2] - few / rate})
+        call([sys.executable, "adapter_rp.py", "--output", folder, "--backbone", "ViT-B-32", "--pretrained", "none",
+              "--text-count", "50", "--test-count", "9", "--epochs", "1", "--cache="])
+        bare = [sys.executable, "-c", BARE, str(min(16, os.cpu_count()))]  # as many workers as tag.py has
+        ours = [sys.executable, "tag.py", f"{folder}/checkpoint.safetensors", "--stdout", "--quiet", "--cache="]
+        for count, width, height in bench.sizes([(160, 640, 480), (80, 4000, 3000)], (2, 64, 48)):
+            if bench.device == "cuda":
+                count *= 16
+            photo = f"{folder}/photo.jpg"
+            scenes.picture("test", 0)[0].resize((width, height)).save(photo, quality=90)
+            photos = [photo] * count
+            commands = ([*bare, photo], bare + photos, [*ours, photo], ours + photos)
+            calls = [functools.partial(call, command) for command in commands]
+            bare_one, bare_all, our_one, our_all = interleave(calls, 30 * bench.seconds) / 1000
+            bare_rate = (count - 1) / (bare_all - bare_one)
+            our_rate = (count - 1) / (our_all - our_one)
+            bench.add("tagging", f"{width:,} x {height:,} pixels", {
+                "bare, photos a second": bare_rate, "ours, photos a second": our_rate,
+                "ours / bare": our_rate / bare_rate, "bare, seconds of one photo": bare_one,
+                "ours, seconds of one photo": our_one})
 
 
 def synchronisations(step):
@@ -432,104 +401,94 @@ def synchronisations(step):
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
-def gpu(bench, device="cuda"):
+def gpu(bench):
     """SSPA's training step in bf16 with its prompts, image tower frozen and tuned; how often the fused step waits for
     the GPU; prompts alone"""
-    backbone, B, C, resolutions = "ViT-B-16", 64, 80, (224, 448)
-    if bench.quick:
-        backbone, B, C, resolutions = "scenes", 2, 2, (64,)
-    for resolution in resolutions:
-        clip = embed.load_clip(backbone, "none", device, "bf16", resolution)
-        images = torch.randn(B, 3, resolution, resolution, device=device)
+    for backbone, resolution, B, C in bench.sizes([("ViT-B-16", 224, 64, 80), ("ViT-B-16", 448, 64, 80)],
+                                                  ("scenes", 64, 2, 2)):
+        clip = embed.load_clip(backbone, "none", bench.device, "bf16", resolution)
+        images = torch.randn(B, 3, resolution, resolution, device=bench.device)
         encode = functools.partial(sspa.image_features, clip.model.visual, images)
-        with torch.no_grad(), embed.autocast(device, "bf16"):
+        with torch.no_grad(), embed.autocast(bench.device, "bf16"):
             given = encode()
-        for tune_image, features_of in (("none", lambda given=given: given), ("full", encode)):
-            shape = f"B={B} C={C} {resolution} px, --tune-image {tune_image}"
-            plain = training_step(clip, C, features_of, "reference", None, tune_image)
-            fused = training_step(clip, C, features_of, "fused", None, tune_image)
-            bench.compare("step", shape, reference=plain, fused=fused)
-            bench.add({"path": "host synchronisations", "shape": shape, "a step": synchronisations(fused)})
-    with embed.autocast(device, "bf16"):
-        prompt_encoding(bench, clip)
+        for tower, features_of in {"none": lambda given=given: given, "full": encode}.items():
+            shape = f"{B} photos of {resolution} pixels, {C} labels, --tune-image {tower}"
+            sides = {side: training_step(clip, C, features_of, impl, None, tower) for side, impl in IMPLS.items()}
+            bench.compare("SSPA step", shape, sides)
+            bench.add("synchronisations", shape, {"a fused step": synchronisations(sides["fused"])})
+    with embed.autocast(bench.device, "bf16"):
+        prompts(bench, clip)
 
 
-TABLES = {"rp": (adapter_step, asymmetric_loss, average_precision, prompt_tuning), "cost": (prompt_tuning,),
-          "sspa": (prompt_encoding, quaternion_layer, gated_alignment, soft_aggregator, head),
-          "tag": (tagging,), "gpu": (tagging, gpu)}
-TABLES["all"] = (*TABLES["rp"][:3], *TABLES["sspa"], tagging)
+TABLES = {"all": (rp_step, asymmetric_loss, average_precision, prompts, parts, sspa_step, tagging),
+          "cost": (prompt_tuning,), "gpu": (tagging, gpu)}
 
 
 # --- docs/speed.md ----------------------------------------------------------------------------------------------------
-def check_commit(machine):
-    if machine["quick"] or not re.fullmatch("[0-9a-f]+", machine["commit"]):
-        raise UsageError(f"{PAGE.name} takes numbers of a commit without changes, timed without --quick, not of "
-                         f"{machine['commit']}; commit the changes and run `all` again")
+def check_commit(commit):
+    if not re.fullmatch("[0-9a-f]+", commit):
+        raise UsageError(f"{PAGE.name} takes numbers of a commit without changes, not of {commit}; commit the changes "
+                         "and measure again")
 
 
-def tables_of(record):
-    """benchmark.json -> {path with dashes: tables.Table}, and "machine": what it ran on"""
-    machine = [[name, str(value)] for name, value in record["machine"].items()]
-    made = {"machine": tables.Table("Measured on", [""], machine)}
-    for path in {row["path"]: None for row in record["rows"]}:
-        rows = [row for row in record["rows"] if row["path"] == path]
-        columns = dict.fromkeys(key for row in rows for key in row if key not in ("path", "shape", "ratio"))
-        cells = [[row["shape"], *(cell(row.get(column)) for column in columns)] for row in rows]
-        titles = [column.replace("_", " ") for column in columns]
-        made[path.replace(" ", "-")] = tables.Table(path.capitalize(), titles, cells)
-    return made
-
-
-def cell(value):
-    """A number as tables shows it, multiplications in powers of ten; nothing for none"""
-    if not value:
-        return ""
-    if value > 1e6:
-        return f"{value:.1e}"
-    return [value, None]
+def table_of(record, name):
+    """benchmark.json -> the rows of a table, in Markdown; "machine": what it ran on, one line"""
+    if name == "machine":
+        return ", ".join(f"{title} {fact}" for title, fact in record["machine"].items()) + "\n"
+    rows = [row for row in record["rows"] if row["table"] == name]
+    columns = dict.fromkeys(title for row in rows for title in list(row)[2:])
+    cells = []
+    for row in rows:
+        cells.append([row["shape"], *([row[title], None] if title in row else "" for title in columns)])
+    return tables.markdown(tables.Table(name.upper()[0] + name[1:], columns, cells))
 
 
 def write_docs(path):
+    """Fills the places of the record's command, <!-- speed COMMAND TABLE --> up to <!-- end -->."""
     with data.reading(path, "benchmark", "make it with experiments/benchmark.py all"):
         record = json.loads(path.read_text("utf-8"))
-        check_commit(record["machine"])
-        text = tables.filled_in(data.read_text(PAGE, "page"), tables_of(record))
+        check_commit(record["machine"]["commit"])
+        place = f"(<!-- speed {record['machine']['command']} (.+?) -->).*?<!-- end -->"
+        text = re.sub(place, lambda found: f"{found[1]}\n{table_of(record, found[2])}<!-- end -->",
+                      data.read_text(PAGE, "page"), flags=re.S)
     data.write_atomically(PAGE, text)
 
 
-def processor():
-    """The processor's name, where Linux knows it, and its vector instructions"""
-    names = [platform.processor() or platform.machine()]
+def processor(device):
+    """The processor's name, where Linux knows it, and its vector instructions; the GPU's"""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
     if sys.platform == "linux":
-        names = re.findall("model name.*: (.*)", data.read_text("/proc/cpuinfo", "processor")) or names
-    return f"{names[0]}, {torch.backends.cpu.get_cpu_capability()}"
+        name = re.findall("model name.*: (.*)|$", data.read_text("/proc/cpuinfo", "processor"))[0] or name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("method", choices=[*TABLES, "docs"])
+    parser.add_argument("command", choices=[*TABLES, "docs"])
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
-    parser.add_argument("--quick", action="store_true", help="a small shape of each, once: shows that it runs, no more")
     args = parser.parse_args(words)
     path = args.output / "benchmark.json"
-    if args.method == "docs":
+    if args.command == "docs":
         write_docs(path)
         return
-    if args.method == "gpu" and not torch.cuda.is_available():
-        raise UsageError("PyTorch finds no GPU on this machine")
-    machine = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-               "torchmetrics installed": bool(find_spec("torchmetrics")), "python": platform.python_version(),
-               "commit": run.commit(), "date": str(date.today()), "quick": args.quick}
-    if args.method == "all" and not args.quick:
-        check_commit(machine)
+    device = "cpu"
+    if args.command == "gpu":
+        device = "cuda"
+        if not torch.cuda.is_available():
+            raise UsageError("PyTorch finds no GPU on this machine")
+    machine = {"command": args.command, "processor": processor(device), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "commit": run.commit()}
+    if args.command == "all":
+        check_commit(machine["commit"])
     began = time.time()
-    bench = Bench(args.quick)
-    for table in TABLES[args.method]:
-        print(f"\n{inspect.getdoc(table)}")
+    bench = Bench(device)
+    for table in TABLES[args.command]:
         table(bench)
         machine["minutes"] = round((time.time() - began) / 60, 1)
         data.write_json(path, {"machine": machine, "rows": bench.rows})
-    print(f"\n{path}: {len(bench.rows)} rows, {machine['minutes']} minutes")
+    print(f"{path}: {len(bench.rows)} rows, {machine['minutes']} minutes")
 
 
 if __name__ == "__main__":

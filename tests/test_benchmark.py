@@ -1,5 +1,4 @@
-"""experiments/benchmark.py on small shapes: it leaves the rows that others read."""
-import json
+"""experiments/benchmark.py on something small, once: shows that it runs, and what its rows hold."""
 import re
 import sys
 import warnings
@@ -9,61 +8,69 @@ import torch
 from conftest import REPOSITORY
 
 import adapter_rp as rp
+import data
 import sspa
-from data import UsageError
 
 sys.path.append(str(REPOSITORY / "experiments"))
 import benchmark
-
-PATHS = {"rp": {"adapter step", "asymmetric loss", "average precision", "prompt tuning"},
-         "sspa": {"prompt encoding", "quaternion layer 1", "gated alignment", "soft aggregator",
-                  "soft aggregator + loss", "head"}}
-SHOWN = PATHS["rp"] - {"prompt tuning"} | PATHS["sspa"] | {"tagging"}
-RECORD = {"machine": {"processor": "abacus", "commit": "12ab", "quick": False},
-          "rows": [{"path": path, "shape": "C=2", "reference_ms": 3.5, "fused_ms": 2.0, "reference / fused": 1.75,
-                    "ratio": 1.75, "multiplications_fused": 2.5e9, "fused_mib": 0.0} for path in SHOWN]}
+import tables
 
 
-@pytest.mark.parametrize("method", PATHS)
-def test_rows_that_others_read(command, tmp_path, method):
-    command("experiments/benchmark.py", method, "--quick", "--output", tmp_path)
-    result = json.loads((tmp_path / "benchmark.json").read_text())
-    assert result["machine"]["quick"]
-    assert {row["path"] for row in result["rows"]} == PATHS[method]
-    for row in result["rows"]:
-        if row["path"] == "average precision":
-            assert row["ratio"] == row["scikit_learn / fused"]
-            continue
-        assert row["ratio"] == pytest.approx(row["reference_ms"] / row["fused_ms"])
-        assert ("others / fused" in row) == (row["path"] == "asymmetric loss")
-        assert row["fused_mib"] < 1.1 * row["reference_mib"] or row["path"] == "quaternion layer 1"
-        assert 0 <= row["multiplications_fused"] <= row["multiplications_reference"]
-
-
-def test_others_loss_is_ours():
-    logits = benchmark.features(9, 5, scale=3.0).double()
-    targets = torch.randint(0, 2, (9, 5))
-    torch.testing.assert_close(rp.asymmetric_loss_reference(logits, targets), benchmark.others_loss(logits, targets))
-
-
-@pytest.fixture(scope="module")
-def rows_of_gpu():
-    bench = benchmark.Bench(quick=True)
-    benchmark.gpu(bench, "cpu")
+def measured(*functions):
+    """Rows of the smallest sizes"""
+    bench = benchmark.Bench()
+    bench.seconds = 0
+    bench.backbone = "scenes"
+    for function in functions:
+        function(bench)
     return bench.rows
 
 
-def test_gpu_on_a_cpu(rows_of_gpu):
+@pytest.fixture(scope="module")
+def rows():
+    """All but tagging, which takes a minute"""
+    return measured(*benchmark.TABLES["all"][:-1])
+
+
+def test_rows(rows):
+    """Ratios are times over those of ours, and memory is measured where PyTorch holds all"""
+    for row in rows:
+        *others, ours = [title.removesuffix(", ms") for title in row if title.endswith(", ms")]
+        for side in others:
+            assert row[f"{side} / {ours}"] == pytest.approx(row[f"{side}, ms"] / row[f"{ours}, ms"], rel=0.01)
+        assert ("fused, MiB" in row) == (row["table"] != "average precision")
+
+
+def test_cost():
+    """A row of prompt tuning, as tables.py reads it. A step of an adapter 512 - 1,024 - 2 with 512 texts multiplies
+    each weight of the second layer three times and of the first twice: its texts need no gradient."""
+    rows = measured(*benchmark.TABLES["cost"])
+    numbers = tables.read_benchmark({"machine": {"commit": "", "processor": "", "minutes": 0}, "rows": rows})["numbers"]
+    assert set(numbers) == {f"{title}, C=2" for title in tables.COSTS}
+    assert rows[0]["multiplications_fused"] == 512 * (2 * 512 * 1024 + 3 * 1024 * 2)
+
+
+def test_authors_loss_is_ours():
+    logits = benchmark.learnt(9, 5, scale=3.0).double()
+    targets = torch.randint(0, 2, (9, 5))
+    torch.testing.assert_close(rp.asymmetric_loss_reference(logits, targets), benchmark.authors_loss(logits, targets))
+
+
+def test_cut_prompts_are_the_plain_ones():
+    clip = benchmark.random_clip("scenes")
+    labels = benchmark.labels_of(clip, 3)
+    inputs = (clip.model, labels.words[None], labels.tokens)
+    torch.testing.assert_close(benchmark.cut_prompts(*inputs), sspa.encode_prompts_reference(*inputs))
+
+
+def test_gpu_on_a_cpu():
     """Frozen and tuned, each with its synchronisations; prompts"""
-    assert [row["path"] for row in rows_of_gpu] == [*["step", "host synchronisations"] * 2, "prompt encoding"]
-    frozen, tuned = rows_of_gpu[0:4:2]
-    clip = benchmark.embed.load_clip()
-    _, tower = benchmark.cost(lambda: sspa.image_features(clip.model.visual, torch.ones(2, 3, 64, 64)))
-    assert tuned["multiplications_fused"] - frozen["multiplications_fused"] > 2 * tower  # there and back
+    found = [row["table"] for row in measured(benchmark.gpu)]
+    assert found == ["SSPA step", "synchronisations"] * 2 + ["prompts"]
 
 
 def test_synchronisations(monkeypatch):
-    """Those of one step, counted by PyTorch's own warnings"""
+    """Those of one step after the first, counted by PyTorch's own warnings"""
     modes = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -79,53 +86,27 @@ def test_synchronisations(monkeypatch):
 def test_interleave():
     """A B A B ..., the first round warms up"""
     calls = []
-    a, b = benchmark.interleave([lambda: calls.append("a"), lambda: calls.append("b")], False, 0.01)
+    a, b = benchmark.interleave([lambda: calls.append("a"), lambda: calls.append("b")], 0.01)
     assert calls == ["a", "b"] * (len(calls) // 2)
     assert len(calls) > 4
     assert min(a, b) > 0
 
 
-def test_cut_prompts_are_the_plain_ones(rows_of_gpu):
-    clip = benchmark.embed.load_clip()
-    labels = benchmark.labels_of(clip, 3)
-    inputs = (clip.model, labels.words[None], labels.tokens)
-    torch.testing.assert_close(benchmark.cut_prompts(*inputs), sspa.encode_prompts_reference(*inputs))
-    row = rows_of_gpu[-1]
-    assert row["multiplications_fused"] < row["multiplications_cut"] < row["multiplications_reference"]
-
-
-def test_training_step_learns():
-    """The steps beside each other are the same training: equal losses, which fall."""
-    clip = benchmark.embed.load_clip()
-    given = (benchmark.features(4, 96, learn=False), benchmark.features(4, 9, 96, learn=False))
-    losses = {}
-    for impl in ("reference", "fused"):
-        torch.manual_seed(0)
-        step = benchmark.training_step(clip, 5, lambda: given, impl)
-        losses[impl] = [step().item() for _ in range(3)]
-    assert losses["reference"] == pytest.approx(losses["fused"], rel=1e-3)
-    assert losses["fused"][0] > losses["fused"][-1]
-
-
-def test_docs(tmp_path, monkeypatch):
+def test_docs(tmp_path, monkeypatch, rows):
+    """Every table has its place; places of another command stay as they are; another commit is refused"""
     page = tmp_path / "speed.md"
     page.write_text(benchmark.PAGE.read_text("utf-8"), "utf-8")
     monkeypatch.setattr(benchmark, "PAGE", page)
-    path = tmp_path / "benchmark.json"
-    path.write_text(json.dumps(RECORD))
+    record = {"machine": {"command": "all", "commit": "12ab"},
+              "rows": [*rows, {"table": "tagging", "shape": "1 x 1 pixels", "ours / bare": 0.0}]}
+    path = data.write_json(tmp_path / "benchmark.json", record)
     benchmark.write_docs(path)
     text = page.read_text("utf-8")
-    head = "|  | reference ms | fused ms | reference / fused | multiplications fused |\n"
-    assert text.count(head) == text.count("\n| C=2 | 3.50 | 2.00 | 1.75 | 2.5e+09 |\n") == len(SHOWN)
-    assert "| processor | abacus |" in text
-    places = set(re.findall("<!-- table (.*) -->", text))
-    assert places == {"machine"} | {path.replace(" ", "-") for path in SHOWN}
-
-
-@pytest.mark.parametrize("change", [{"commit": "12ab+"}, {"commit": "unknown"}, {"quick": True}])
-def test_docs_of_another_record(tmp_path, monkeypatch, change):
-    monkeypatch.setattr(benchmark, "PAGE", tmp_path / "none")
-    path = tmp_path / "benchmark.json"
-    path.write_text(json.dumps({**RECORD, "machine": {**RECORD["machine"], **change}}))
-    with pytest.raises(UsageError, match="commit"):
+    assert "commit 12ab\n" in text
+    assert "| 1 x 1 pixels | 0.00 |" in text
+    assert "<!-- speed gpu SSPA step -->\n<!-- end -->" in text
+    assert set(re.findall("<!-- speed all (.*) -->", text)) == {"machine", *(row["table"] for row in record["rows"])}
+    record["machine"]["commit"] += "+"
+    data.write_json(path, record)
+    with pytest.raises(data.UsageError, match="12ab\\+; commit"):
         benchmark.write_docs(path)
