@@ -335,8 +335,6 @@ FORMS = {
                        'c.png;"cat\r\nfire truck";test\r\n'},
         "a.png b.png c.png",
         {"train": "a.png: cat, dog; b.png: ", "test": "c.png: cat, fire truck"}),
-    "commas": ({"labels.csv": "file,tags\ntrain/a.png,dog,cat\ntest/b.png,dog\n"}, "train/a.png test/b.png",
-               {"train": "train/a.png: cat, dog", "test": "test/b.png: dog"}),
     "spaces": ({"labels.csv": "file,tags,split\na.png,dog  cat,training\nb.png,dog,val\n"}, "a.png b.png",
                {"train": "a.png: cat, dog", "test": "b.png: dog"}),
     "json": ({"labels.json": '{"a.png": ["caf\u00e9"], "b.png": ["cafe\u0301"]}'}, "a.png b.png",
