@@ -110,11 +110,13 @@ def read(path):
     ("labels.json", '{"a.png": ["dog"], "a.png": ["cat"]}', "a.png: stands twice"),
     ("metadata.jsonl", '{"file_name": "a.png", "label": "dog"}\n{"file_name": "b.png", "label": 3}', "entry 2: "),
     ("annotations.json", '{"images": []}', "give COCO's instances"),
+    ("labels.csv", "f,dog\na,1\n", "'a' may be .*a.* or .*a.*; write down the whole name"),
     ("labels.csv", "f,dog\nz.png,1\n", "none of its 1 photos .*expected"),
     ("labels.json", '{"a.png": "dog"}', "form"),
     ("labels.json", "[" * 200000, "recursion")])
 def test_mistakes_in_files(tmp_path, name, content, reason):
     """One line that says what is wrong, and where."""
+    photos(tmp_path, "a.png", "images/a.jpg")
     with pytest.raises(UsageError, match=reason) as error:
         read(write(tmp_path / name, content))
     assert "\n" not in str(error.value)
