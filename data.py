@@ -542,10 +542,10 @@ class Table:
 
 
 def table_of(rows, source, names=()):
-    """rows: (file, {label: 1 or -1}, word of its part or "") each; other labels are 0 -> Table with the labels of the
-    names, else in the order of the alphabet. Raises UsageError."""
+    """rows: (file, {clean name: 1 or -1}, word of its part or "") each; other labels are 0 -> Table with the labels of
+    the names, else in the order of the alphabet. Raises UsageError."""
     files = [file for file, _, _ in rows]
-    marked = [{clean_name(name, source): mark for name, mark in marks.items()} for _, marks, _ in rows]
+    marked = [marks for _, marks, _ in rows]
     splits = [word for _, _, word in rows]
     names = own_names(names or sorted(set().union(*marked)), source)
     return Table(files, names, labels_of(marked, names), splits)
@@ -554,21 +554,19 @@ def table_of(rows, source, names=()):
 def read_rows(path):
     """The cells of a table that are cut by comma, semicolon or tab, or as Excel's first line "sep=;" says -> rows that
     are not blank, lists of str, at least as long as the first"""
-    text = read_text(path, "labels").lstrip("\r\n")
-    line, _, rest = text.partition("\n")
-    separator = max(",;\t", key=line.count)
+    lines = io.StringIO(read_text(path, "labels").lstrip("\r\n"), newline="")  # a quoted cell may hold a line break
+    line = lines.readline()
     if re.match("(?i)sep=.", line):
         separator = line[4]
-        text = rest
-    lines = io.StringIO(text, newline="")  # a cell in quotes may hold a line break
-    rows = []
-    for row in csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True):
-        row = [cell.strip() for cell in row]
-        if any(row):
-            rows.append(row)
-            width = len(rows[0])
-            if len(row) < width or any(row[width:]):
-                raise ValueError(f"row of {row[0]}: {len(row)} cells, the first line has {width}")
+    else:
+        separator = max(",;\t", key=line.count)
+        lines.seek(0)
+    cells = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    rows = [[cell.strip() for cell in row] for row in cells if any(row)]
+    width = len(rows[0])
+    for row in rows:
+        if len(row) < width or any(row[width:]):
+            raise ValueError(f"row of {row[0]}: {len(row)} cells, the first line has {width}")
     return rows
 
 
@@ -591,7 +589,7 @@ def labels_in(cells, source):
         if cut in text:
             say_once(f"{source}: labels are cut at spaces; write a ';' after each if a name has several words")
     lists = [[word.strip("[]'\" \r") for word in re.split(cut, cell)] for cell in cells]  # perhaps Python's lists
-    return [{word: 1 for word in words if word} for words in lists]
+    return [{clean_name(word, source): 1 for word in words if word} for words in lists]
 
 
 def read_table(path, dataset=None, spelt=list):
@@ -600,11 +598,10 @@ def read_table(path, dataset=None, spelt=list):
     same, spelt as its labels. Raises UsageError."""
     remedy = "cells are a file, then each label's 1, 0 or -1, or one cell of labels"
     with reading(path, "labels", remedy) as path:
-        headings, *rows = read_rows(path)
-        if not headings[0] and all(row[0].isdecimal() for row in rows):
-            headings = headings[1:]  # pandas has counted the rows
-            rows = [row[1:] for row in rows]
-        first, *titles = headings
+        table = read_rows(path)
+        if not table[0][0] and all(row[0].isdecimal() for row in table[1:]):
+            table = [row[1:] for row in table]  # without pandas' count of the rows
+        (first, *titles), *rows = table
         titles = spelt([re.sub("(?i)^split$", "split", title) for title in titles])
         files = [row[0] for row in rows]
         rows = [dict(zip(titles, row[1:], strict=False)) for row in rows]
@@ -612,19 +609,19 @@ def read_table(path, dataset=None, spelt=list):
         if {"0", "1", "-1"} & set(titles) or first.lower().endswith(PHOTO_SUFFIXES):
             raise ValueError("the first line must name the columns, a label each")
         own_names(titles, path)  # none stands twice
-        names = list(LABEL_WORDS.get(dataset, titles))
+        names = LABEL_WORDS.get(dataset, titles)
         odd = sorted(set(names) ^ set(titles))
         if odd:
             raise ValueError(f"the header has or lacks {', '.join(odd[:5])}")
-        cells = [row[names[0]] for row in rows]
+        cells = [row[titles[0]] for row in rows]
         marked = []
-        if len(names) == 1 and any(cells) and not any(map(MARK.fullmatch, cells)):
+        if len(titles) == 1 and any(cells) and not any(map(MARK.fullmatch, cells)):
             names = []  # they are in the cells
             marked = labels_in(cells, path)
         else:
             for file, row in zip(files, rows, strict=True):
                 with reading(f"{path}, row of {file}", "labels", remedy):
-                    marked.append({name: mark_of(row[name]) for name in names})
+                    marked.append({clean_name(name, path): mark_of(row[name]) for name in names})
         splits = [row.get("split", "") for row in rows]
         return table_of(list(zip(files, marked, splits, strict=True)), path, names)
 

@@ -141,20 +141,16 @@ def area(corners):
 def find_files(root, folders, *markers):
     """The first of root/<folder>, and root itself, that holds one of the markers, files or folders
     -> (that folder, path of the marker). Raises MissingFile, which names a place one level down that does."""
-    def look(root):
-        for folder, marker in product((*folders, "."), markers):
-            path = root / folder / marker
-            if exists(path):
-                return root / folder, path
     root = Path(root)
-    found = look(root)
-    if found:
-        return found
-    hint = ""
-    deeper = sorted(filter(look, root.glob("*")))
-    if deeper:
-        hint = f", but it is in {deeper[0]}: pass --data-root {deeper[0]}"
-    raise MissingFile(f"no {' or '.join(markers[:2])} under {root}{hint}")
+    missing = f"no {' or '.join(markers[:2])} under {root}"
+    for place in (root, *sorted(root.glob("*"))):
+        for folder, marker in product((*folders, "."), markers):
+            path = place / folder / marker
+            if exists(path) and place == root:
+                return root / folder, path
+            if exists(path):
+                raise MissingFile(f"{missing}, but it is in {place}: pass --data-root {place}")
+    raise MissingFile(missing)
 
 
 def read_matlab(path):
@@ -469,8 +465,11 @@ def own_table(base):
         return read_table(files[0])
     rows = []
     for path in files:
+        place = path.parent.relative_to(base)
         with reading(path, "labels", "docs/datasets.md shows the form"):
-            rows += [(str(path.parent.relative_to(base) / file), marks, "") for file, marks in rows_of(path)]
+            for file, marks in rows_of(path):
+                marks = {clean_name(name, path): mark for name, mark in marks.items()}
+                rows.append((str(place / file), marks, ""))
     lists = {path.stem: set(read_text(path, "image list").split()) for path in files if path.suffix == ".txt"}
     lists = {name: photos for name, photos in lists.items() if part_of(name)}
     if "val" in lists:
@@ -511,11 +510,10 @@ def folder(root, split, split_seed=0):
     table = own_table(base)
     files = [normpath(file.replace("\\", "/")) for file in table.files]
     photos = find_photos(base, files)
+    folders = [key_of(file).split("/")[0] for file in files]
     words = table.splits
-    if not any(words):
-        words = [key_of(file).split("/")[0] for file in files]
-        if len(set(words)) == 1:
-            words = table.splits  # one folder is no split
+    if not any(words) and len(set(folders)) > 1:  # one folder is no split
+        words = folders
     parts = list(map(part_of, words))
     if None in parts:
         if any(table.splits):
