@@ -177,8 +177,8 @@ def visible(text):
     """The text in composed characters, without Unicode's format characters, which cannot be seen."""
     if text.isascii():
         return text
-    letters = unicodedata.normalize("NFC", text)
-    return "".join(letter for letter in letters if letter in FORMAT_KEPT or unicodedata.category(letter) != "Cf")
+    letters = [letter for letter in text if letter in FORMAT_KEPT or unicodedata.category(letter) != "Cf"]
+    return unicodedata.normalize("NFC", "".join(letters))
 
 
 def fold(text):

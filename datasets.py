@@ -417,8 +417,7 @@ def coco_rows(path):
 
 def voc_rows(path):
     """VOC's XML; a label seen only on objects marked difficult is ignored"""
-    if path.suffix == ".xml":
-        yield path.stem, voc_marks(path)
+    yield path.stem, voc_marks(path)
 
 
 def folder_rows(photo):
@@ -433,7 +432,7 @@ FORMS = (  # what reads the rows (file, {label: 1 or -1}) of a label file, and w
     (jsonl_rows, "metadata.jsonl", "*/metadata.jsonl"),
     (coco_rows, "annotations.json", "_annotations.coco.json", "*/annotations.json", "*/_annotations.coco.json",
      "annotations/instances_*.json"),
-    (voc_rows, "**/*.xml", "ImageSets/Main/*.txt"),
+    (voc_rows, "**/*.xml", *[f"ImageSets/Main/{part}.txt" for part in ("train", "val", "trainval", "test")]),
 )
 
 
@@ -464,14 +463,16 @@ def own_table(base):
     if rows_of is read_table:
         return read_table(files[0])
     rows = []
+    lists = {}
     for path in files:
+        if path.suffix == ".txt":
+            lists[path.stem] = set(read_text(path, "image list").split())
+            continue
         place = path.parent.relative_to(base)
         with reading(path, "labels", "docs/datasets.md shows the form"):
             for file, marks in rows_of(path):
                 marks = {clean_name(name, path): mark for name, mark in marks.items()}
                 rows.append((str(place / file), marks, ""))
-    lists = {path.stem: set(read_text(path, "image list").split()) for path in files if path.suffix == ".txt"}
-    lists = {name: photos for name, photos in lists.items() if part_of(name)}
     if "val" in lists:
         lists.pop("trainval", None)
     if lists:

@@ -105,6 +105,7 @@ MISTAKES = {
     "labels.csv": {
         "f,dog\na.png,2\n": "row of a.png: ",
         "f,dog\na.png,1\n\nc.png\n": "row of c.png: ",
+        "f,dog,dog\na.png,1,0\n": "'dog' stands twice",
         "f,dog\n": "no photo is in the train part",
         "f,dog\na.png,1\nb.png,0\na.png,0\n": "row of a.png: .*stands twice",
         "a.png,1\nb.png,0\n": "first line must",

@@ -356,7 +356,7 @@ FORMS = {
     "voc, boxes": (
         {"Annotations/1.xml": VOC.format("zebra", 0), "Annotations/2.xml": VOC.format("cat", 0),
          "Annotations/3.xml": VOC.format("cat", 0), "ImageSets/Main/train.txt": "1\n", "ImageSets/Main/val.txt": "2\n",
-         "ImageSets/Main/trainval.txt": "1\n2\n", "ImageSets/Main/cat_train.txt": "1 -1\n", "JPEGImages/3.jpg": ""},
+         "ImageSets/Main/trainval.txt": "1\n2\n", "JPEGImages/3.jpg": ""},
         {"train": "JPEGImages/1.jpg: zebra", "test": "JPEGImages/2.jpg: cat"}),
     "folders": ({".trash/dog/c.png": ""},
                 {"train": "train/dog/a.png: dog", "test": "test/fire_truck/b.png: fire truck"}),
