@@ -167,17 +167,23 @@ LABEL_WORDS = read_json(ASSETS / "labels/names.json", "label names")
 DATASETS = ("scenes", *LABEL_WORDS, "folder")
 
 
-# Unicode's format characters, but the two joiners that scripts need (200c, 200d) and those that check_names refuses
-INVISIBLE = re.compile("[\xad\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u180e\u200b\u200e\u200f\u2060-\u2064"
-                       "\u206a-\u206f\ufeff\ufff9-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3"
-                       "\U0001d173-\U0001d17a\U000e0001\U000e0020-\U000e007f]")
+# format characters that stay: two joiners that scripts need, and marks that turn the direction of writing, which
+# check_names refuses
+FORMAT_KEPT = "\u200c\u200d\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 OTHER_SCRIPT = re.compile(r"[^\W\d_\0-\u02ff\u1d00-\u1eff]")  # letters that are not Latin
 
 
+def visible(text):
+    """The text in composed characters, without Unicode's format characters, which cannot be seen."""
+    if text.isascii():
+        return text
+    letters = [letter for letter in text if letter in FORMAT_KEPT or unicodedata.category(letter) != "Cf"]
+    return unicodedata.normalize("NFC", "".join(letters))
+
+
 def fold(text):
-    """Texts and names are compared in this form: composed characters, straight apostrophes, no upper case, and nothing
-    that cannot be seen."""
-    return INVISIBLE.sub("", unicodedata.normalize("NFC", text)).replace("’", "'").casefold()
+    """Texts and names are compared in this form: visible, straight apostrophes, no upper case."""
+    return visible(text).replace("’", "'").casefold()
 
 
 def plain(phrase):
@@ -185,11 +191,12 @@ def plain(phrase):
     return re.sub(r"[\s-]+", " ", fold(phrase)).strip()
 
 
+@lru_cache(None)
 def clean_name(name, source):
-    """A label as prompts have it: "dining_table" is dining table; composed characters; nothing that cannot be seen."""
+    """A label as prompts have it: visible, and "dining_table" is dining table."""
     if "_" in name:
         say_once(f"{source}: an underscore in a label is read as a space")
-    return re.sub(r"[_\r\n]+", " ", unicodedata.normalize("NFC", INVISIBLE.sub("", name))).strip()
+    return re.sub(r"[_\r\n]+", " ", visible(name)).strip()
 
 
 def check_names(names, source):
@@ -279,34 +286,34 @@ def noun_finder(names, synonyms=None):
     return find
 
 
-def one_hot(marked, names):
-    """The names that each of N rows has, or the columns where names is a range -> int8 [N, C]"""
-    return np.array([[name in row for name in names] for row in marked], np.int8).reshape(-1, len(names))
+def labels_of(marked, names):
+    """{name: 1 or -1} of each of N rows, or {column: 1 or -1} where names is a range; others are 0 -> int8 [N, C]"""
+    return np.array([[marks.get(name, 0) for name in names] for marks in marked], np.int8).reshape(-1, len(names))
 
 
 def match_nouns(texts, names, synonyms=None):
     """Labels of sentences by the words in them, as noun_finder finds them (TaI-DPT's way). -> int8 [N, C]"""
     find = noun_finder(names, synonyms)
-    found = [{column for column, _, _ in find(text)} for text in texts]
-    return one_hot(found, range(len(names)))
+    marked = [{column: 1 for column, _, _ in find(text)} for text in texts]
+    return labels_of(marked, range(len(names)))
 
 
 def read_labelled_texts(path, names):
     """Lines {"text": str, "labels": [names]} of a .jsonl file -> (list of str, int8 [N, C]). Raises UsageError."""
     texts = []
-    columns = []
+    marked = []
     for number, line in enumerate(read_text(path, "text file").split("\n"), 1):
         remedy = 'each line must be {"text": ..., "labels": [names in the list of labels]}'
         with reading(f"{path}, line {number}", "text file", remedy):
             if not line.strip():
                 continue
             entry = json.loads(line)
-            marked = [names.index(label) for label in entry["labels"]]
+            marks = {names.index(label): 1 for label in entry["labels"]}
             text = entry["text"].strip()
         if text:
             texts.append(text)
-            columns.append(marked)
-    return texts, one_hot(columns, range(len(names)))
+            marked.append(marks)
+    return texts, labels_of(marked, range(len(names)))
 
 
 def read_captions(path):
@@ -378,7 +385,7 @@ def template_texts(names, count):
     openers = ("a photo of", "a picture of", "there is", "we see", "a photo with", "here is")
     rng = np.random.default_rng(0)
     texts = []
-    columns = []
+    marked = []
     order = []
     for _ in range(count):
         if not order:
@@ -389,8 +396,8 @@ def template_texts(names, count):
         words = [with_article(names[column]) for column in chosen]
         listed = f"{', '.join(words[:-1])} and {words[-1]}".removeprefix(" and ")
         texts.append(f"{openers[rng.integers(len(openers))]} {listed}.")
-        columns.append(chosen)
-    return texts, one_hot(columns, range(len(names)))
+        marked.append(dict.fromkeys(chosen, 1))
+    return texts, labels_of(marked, range(len(names)))
 
 
 def with_article(name):
@@ -413,6 +420,12 @@ def with_negatives(texts, labels, names):
 
 # --- photos -----------------------------------------------------------------------------------------------------------
 
+def files_under(folder):
+    """Files and folders under a folder, any depth, hidden ones left out -> sorted Paths"""
+    paths = sorted(folder.rglob("*"))  # which does not enter linked folders
+    return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+
+
 def list_photos(path):
     """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted Paths. Folders that are linked
     or locked, videos, and photos that Pillow cannot read are left out and counted, a line a kind. Raises UsageError."""
@@ -421,10 +434,8 @@ def list_photos(path):
         return [path]
     photos = []
     left_out = {}
-    for file in sorted(path.rglob("*")):  # which does not enter linked folders
+    for file in files_under(path):
         suffix = file.suffix.lower()
-        if "/." in f"/{file.relative_to(path)}":
-            continue  # hidden
         if isdir(file):
             if file.is_symlink() or not os.access(file, os.R_OK | os.X_OK):
                 left_out.setdefault("folders, linked or locked, are left out", []).append(file)
@@ -522,9 +533,6 @@ def identity(dataset, root):
 
 # --- tables of labels, ready-made embeddings --------------------------------------------------------------------------
 
-FOLDER_FILES = ("labels.csv", "labels.json")  # of your own folder
-
-
 @dataclass
 class Table:
     files: list         # N file names
@@ -533,47 +541,30 @@ class Table:
     splits: list        # N words of the column "split", "" without one
 
 
-def table_of(rows, source):
-    """rows: (file, {label: 1, or -1}, word of its part or "") each; other labels are 0 -> Table, labels in the order of
-    the alphabet. Raises UsageError."""
+def table_of(rows, source, names=()):
+    """rows: (file, {clean name: 1 or -1}, word of its part or "") each; other labels are 0 -> Table with the labels of
+    the names, else in the order of the alphabet. Raises UsageError."""
     files = [file for file, _, _ in rows]
-    marked = [{clean_name(name, source): mark for name, mark in marks.items()} for _, marks, _ in rows]
+    marked = [marks for _, marks, _ in rows]
     splits = [word for _, _, word in rows]
-    names = own_names(sorted(set().union(*marked)), source)
-    labels = [[marks.get(name, 0) for name in names] for marks in marked]
-    return Table(files, names, np.array(labels, np.int8).reshape(-1, len(names)), splits)
-
-
-def first_rows(photos, facts, source):
-    """The rows of a list without repetitions -> list of int. Raises UsageError for a photo with other facts there."""
-    row_of = {}
-    for row, photo in enumerate(photos):
-        first = row_of.setdefault(photo, row)
-        if facts[row] != facts[first]:
-            raise UsageError(f"{source}, row of {photo}: stands twice with other labels or in two parts; keep one")
-    return list(row_of.values())
+    names = own_names(names or sorted(set().union(*marked)), source)
+    return Table(files, names, labels_of(marked, names), splits)
 
 
 def read_rows(path):
     """The cells of a table that are cut by comma, semicolon or tab, or as Excel's first line "sep=;" says -> rows that
     are not blank, lists of str, at least as long as the first"""
-    text = read_text(path, "labels").lstrip("\r\n")
-    line, _, rest = text.partition("\n")
-    separator = max(",;\t", key=line.count)
-    declared = re.match('"?sep=(.)', line, re.IGNORECASE)
-    if declared:
-        text = rest
-        separator = declared[1]
-    lines = io.StringIO(text, newline="")  # a cell in quotes may hold a line break
-    rows = []
-    for row in csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True):
-        row = [cell.strip() for cell in row]
-        if not any(row):
-            continue
-        rows.append(row)
-        width = len(rows[0])
-        if len(row) > width == 2:  # a list of labels without quotes
-            row[1:] = [";".join(filter(None, row[1:]))]
+    lines = io.StringIO(read_text(path, "labels").lstrip("\r\n"), newline="")  # a quoted cell may hold a line break
+    line = lines.readline()
+    if re.match("(?i)sep=.", line):
+        separator = line[4]
+    else:
+        separator = max(",;\t", key=line.count)
+        lines.seek(0)
+    cells = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    rows = [[cell.strip() for cell in row] for row in cells if any(row)]
+    width = len(rows[0])
+    for row in rows:
         if len(row) < width or any(row[width:]):
             raise ValueError(f"row of {row[0]}: {len(row)} cells, the first line has {width}")
     return rows
@@ -591,54 +582,48 @@ def mark_of(cell):
 def labels_in(cells, source):
     """Cells of labels, cut at ; | , and line breaks, or at spaces where no cell has one of these -> list of
     {label: 1}"""
+    text = "".join(cells)
     cut = "[;|,\n]"
-    if not re.search(cut, "".join(cells)):
+    if not re.search(cut, text):
         cut = " "
-        if cut in "".join(cells):
+        if cut in text:
             say_once(f"{source}: labels are cut at spaces; write a ';' after each if a name has several words")
-    found = []
-    for cell in cells:
-        words = [word.strip("[]'\" \r") for word in re.split(cut, cell)]  # of a list as Python prints it
-        found.append(dict.fromkeys(filter(None, words), 1))
-    return found
+    lists = [[word.strip("[]'\" \r") for word in re.split(cut, cell)] for cell in cells]  # perhaps Python's lists
+    return [{clean_name(word, source): 1 for word in words if word} for words in lists]
 
 
 def read_table(path, dataset=None, spelt=list):
-    """File names and labels -> Table. A table with a header, file names first, then a column a label of 1, 0 and -1, or
-    one column of labels, perhaps a column "split"; or .json, {file: [labels]}. dataset: its labels are wanted, in its
-    own order, and no others; spelt: headings -> the same, spelt as its labels. Raises UsageError."""
-    remedy = "cells are a file, then each label's 1, 0 or -1, or one cell of labels; JSON is {file: [labels]}"
+    """A table with a header: file names, then a column a label of 1, 0 and -1, or one column of labels, perhaps a
+    column "split" -> Table. dataset: its labels are wanted, in its own order, and no others; spelt: headings -> the
+    same, spelt as its labels. Raises UsageError."""
+    remedy = "cells are a file, then each label's 1, 0 or -1, or one cell of labels"
     with reading(path, "labels", remedy) as path:
-        if path.suffix == ".json":
-            pairs = json.loads(read_text(path, "labels"), object_pairs_hook=list)  # a file may stand twice
-            return table_of([(file, dict.fromkeys(list.copy(labels), 1), "") for file, labels in pairs], path)
-        headings, *rows = read_rows(path)
-        if headings[0] in ("", "Unnamed: 0") and all(row[0].isdecimal() for row in rows):
-            headings = headings[1:]  # pandas has counted the rows
-            rows = [row[1:] for row in rows]
-        first, *titles = headings
+        table = read_rows(path)
+        if not table[0][0] and all(row[0].isdecimal() for row in table[1:]):
+            table = [row[1:] for row in table]  # without pandas' count of the rows
+        (first, *titles), *rows = table
         titles = spelt([re.sub("(?i)^split$", "split", title) for title in titles])
         files = [row[0] for row in rows]
         rows = [dict(zip(titles, row[1:], strict=False)) for row in rows]
-        splits = [row.get("split", "") for row in rows]
         titles = [title for title in titles if title not in ("", "split")]
         if {"0", "1", "-1"} & set(titles) or first.lower().endswith(PHOTO_SUFFIXES):
             raise ValueError("the first line must name the columns, a label each")
-        if dataset is None and len(titles) == 1:
-            cells = [row[titles[0]] for row in rows]
-            if any(cells) and not any(map(MARK.fullmatch, cells)):
-                return table_of(list(zip(files, labels_in(cells, path), splits, strict=True)), path)
         own_names(titles, path)  # none stands twice
-        names = list(LABEL_WORDS.get(dataset, titles))
+        names = LABEL_WORDS.get(dataset, titles)
         odd = sorted(set(names) ^ set(titles))
         if odd:
             raise ValueError(f"the header has or lacks {', '.join(odd[:5])}")
-        labels = []
-        for file, row in zip(files, rows, strict=True):
-            with reading(f"{path}, row of {file}", "labels", remedy):
-                labels.append([mark_of(row[name]) for name in names])
-        first_rows(files, labels, path)
-        return Table(files, own_names(names, path), np.array(labels, np.int8).reshape(-1, len(names)), splits)
+        cells = [row[titles[0]] for row in rows]
+        marked = []
+        if len(titles) == 1 and any(cells) and not any(map(MARK.fullmatch, cells)):
+            names = []  # they are in the cells
+            marked = labels_in(cells, path)
+        else:
+            for file, row in zip(files, rows, strict=True):
+                with reading(f"{path}, row of {file}", "labels", remedy):
+                    marked.append({clean_name(name, path): mark_of(row[name]) for name in names})
+        splits = [row.get("split", "") for row in rows]
+        return table_of(list(zip(files, marked, splits, strict=True)), path, names)
 
 
 FEATURE_AXES = {"text_embeddings": "ND", "text_labels": "NC", "image_embeddings": "MD", "image_labels": "MC",

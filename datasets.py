@@ -31,12 +31,12 @@ from data import (
     UsageError,
     clean_name,
     drawn,
-    first_rows,
+    files_under,
     fold,
     label_names,
+    labels_of,
     lines_of,
     list_photos,
-    one_hot,
     open_photo,
     read_json,
     read_table,
@@ -52,12 +52,12 @@ from data import (
 def voc_things(path):
     """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height)), pixels; clear:
     not difficult. Raises UsageError."""
-    with reading(path, "annotation", "give VOC's XML"):
+    with reading(path, "annotation", "give VOC's XML") as path:
         root = ElementTree.parse(path)
         found = []
         for thing in root.iterfind("object"):
             name = thing.findtext("name").strip()
-            name = LABEL_WORDS["voc2007"].get(name, name)
+            name = clean_name(LABEL_WORDS["voc2007"].get(name, name), path.parent)
             sides = [float(thing.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
             place = np.array(sides) - (1, 1, 0, 0)  # VOC counts pixels from 1
             found.append((name, *place, thing.findtext("difficult", "0").strip() != "1"))
@@ -66,9 +66,9 @@ def voc_things(path):
 
 def coco_things(path):
     """Instances of COCO's form -> {photo's file: as voc_things}; clear: no crowd. Raises UsageError."""
-    with reading(path, "annotations", "give COCO's instances, with all photos and categories"):
+    with reading(path, "annotations", "give COCO's instances, with all photos and categories") as path:
         content = read_json(path, "annotations")
-        names = {entry["id"]: entry["name"] for entry in content["categories"]}  # ours are spelt alike
+        names = {entry["id"]: clean_name(entry["name"], path.parent) for entry in content["categories"]}
         found = {}
         things_of = {}
         for entry in content["images"]:  # one file may have two ids
@@ -116,7 +116,6 @@ def boxes_of(photo, names):
             found, size = voc_things(path)
         else:
             found, size = coco_boxes(path).get(photo.name, ([], (1, 1)))
-        found = [(clean_name(label, photo.parent), *place) for label, *place in found]
     rows = [(names.index(label), *place) for label, *place in found if label in names]
     return np.array(rows, float).reshape(-1, 6), size
 
@@ -142,20 +141,16 @@ def area(corners):
 def find_files(root, folders, *markers):
     """The first of root/<folder>, and root itself, that holds one of the markers, files or folders
     -> (that folder, path of the marker). Raises MissingFile, which names a place one level down that does."""
-    def look(root):
-        for folder, marker in product((*folders, "."), markers):
-            path = root / folder / marker
-            if exists(path):
-                return root / folder, path
     root = Path(root)
-    found = look(root)
-    if found:
-        return found
-    hint = ""
-    deeper = sorted(filter(look, root.glob("*")))
-    if deeper:
-        hint = f", but it is in {deeper[0]}: pass --data-root {deeper[0]}"
-    raise MissingFile(f"no {' or '.join(markers[:2])} under {root}{hint}")
+    missing = f"no {' or '.join(markers[:2])} under {root}"
+    for place in (root, *sorted(root.glob("*"))):
+        for folder, marker in product((*folders, "."), markers):
+            path = place / folder / marker
+            if exists(path) and place == root:
+                return root / folder, path
+            if exists(path):
+                raise MissingFile(f"{missing}, but it is in {place}: pass --data-root {place}")
+    raise MissingFile(missing)
 
 
 def read_matlab(path):
@@ -192,12 +187,26 @@ def pick_attributes(values, spelt, dataset):
     return (values[:, columns] == 1).astype(np.int8)
 
 
-def check_classes(dataset, root, found):
-    """Raises UsageError for names of classes that are not the dataset's."""
-    odd = sorted(set(found).difference(label_names(dataset)))
+def class_labels(marked, dataset, root):
+    """Each photo's {class: 1, 0 or -1} -> int8 [N, C]. Raises UsageError for a class that is not the dataset's."""
+    names = label_names(dataset)
+    odd = sorted(set().union(*marked).difference(names))
     if odd:
         raise UsageError(f"label files of {root} have '{', '.join(odd):.200}', no label of {dataset}; give labels of "
                          f"your own by --dataset folder --data-root {root}")
+    return labels_of(marked, names)
+
+
+def voc_marks(path, doubtful=-1):
+    """The labels in an annotation of VOC's form -> {label: 1, or doubtful where all its objects are difficult}"""
+    things, _ = voc_things(path)
+    clear_last = sorted(things, key=itemgetter(-1))
+    return {name: 1 if clear else doubtful for name, *_, clear in clear_last}
+
+
+def coco_marks(path):
+    """The labels of COCO's form -> {photo's file: {label: 1}}. A crowd counts as present."""
+    return {file: {name: 1 for name, *_ in things} for file, (things, _) in coco_things(path).items()}
 
 
 # --- the readers ------------------------------------------------------------------------------------------------------
@@ -209,13 +218,8 @@ def voc2007(root, split, difficult="ignore"):
     part = "trainval" if split == "train" else "test"
     base, lists = find_files(root, ("VOCdevkit/VOC2007", "VOC2007"), "ImageSets/Main")
     ids = read_text(lists / f"{part}.txt", "image list").split()
-    names = label_names("voc2007")
-    labels = np.zeros((len(ids), len(names)), np.int8)
-    for row, photo in enumerate(ids):
-        things, _ = voc_things(base / f"Annotations/{photo}.xml")
-        check_classes("voc2007", base, [name for name, *_ in things])
-        for name, *_, clear in sorted(things, key=itemgetter(-1)):  # the clear ones last, so that they count
-            labels[row, names.index(name)] = 1 if clear else doubtful
+    marked = [voc_marks(base / f"Annotations/{photo}.xml", doubtful) for photo in ids]
+    labels = class_labels(marked, "voc2007", base)
     return LabelledPhotos([base / f"JPEGImages/{photo}.jpg" for photo in ids], labels, f"difficult={difficult}")
 
 
@@ -226,13 +230,10 @@ def coco2014(root, split, unlabelled="keep"):
     markers = [f"annotations/instances_{part}{year}.json" for year in (2014, 2017)]
     base, path = find_files(root, ("coco2014", "coco", "COCO", "coco2017"), *markers)
     part = path.stem.removeprefix("instances_")  # the photos' folder
-    names = label_names("coco2014")
-    things_of = coco_things(path)
-    marked = [{name for name, *_ in things} for things, _ in things_of.values()]
-    check_classes("coco2014", base, set().union(*marked))
-    labels = one_hot(marked, names)
+    marks_of = coco_marks(path)
+    labels = class_labels(marks_of.values(), "coco2014", base)
     policy = f"{part}, crowds count, unlabelled={unlabelled}"
-    found = LabelledPhotos([base / part / file for file in things_of], labels, policy)
+    found = LabelledPhotos([base / part / file for file in marks_of], labels, policy)
     return treat_unlabelled(found, unlabelled)
 
 
@@ -320,8 +321,7 @@ def multiscene(root, split):
     images = path.parent / "images"
     if not exists(images):
         images = base / "images"
-    photos = [images / (file if Path(file).suffix else f"{file}.jpg") for file in table.files]
-    return LabelledPhotos(photos, table.labels, "clean part")
+    return LabelledPhotos(find_photos(images, table.files), table.labels, "clean part")
 
 
 def mlrsnet_headings(headings):
@@ -340,23 +340,18 @@ def mlrsnet(root, split, validation="train", split_seed=0):
     """
     base, folder = find_files(root, ("mlrsnet", "MLRSNet"), "Labels", "labels")
     tables = {path.stem: read_table(path, "mlrsnet", mlrsnet_headings) for path in sorted(folder.glob("*.csv"))}
-    folder_of = {path.name.replace("&", "_"): path for path in (base / "Images").glob("*")}  # harbor&port, harbor_port
-    photos = []
+    files = []
     labels = []
     many = {}
     strange = []
     for category, table in tables.items():
-        place = folder_of.get(category.replace("&", "_"), base / "Images" / category)
         many[category] = (table.labels.sum(1) > 13).sum()
         own = [category.replace("_", " ") in words for words in LABEL_WORDS["mlrsnet"].items()]
         if any(own) and not table.labels[:, own].any():
             strange.append(category)
         rows_of = shared_out(len(table.files), split_seed, train=0.4, val=0.1, test=0.5)
         for row in np.concatenate([rows_of[part] for part in parts_of(split, validation)]):
-            photo = place / table.files[row]
-            if not isfile(photo):
-                photo = place / table.files[row].replace("&", "_")
-            photos.append(photo)
+            files.append(f"{category}/{table.files[row]}")
             labels.append(table.labels[row])
     doubts = []
     count = sum(len(table.files) for table in tables.values())
@@ -368,7 +363,7 @@ def mlrsnet(root, split, validation="train", split_seed=0):
     if strange:
         doubts.append(f"no photo of {', '.join(strange)} has the label of that name")
     policy = f"{len(tables)} categories, 40/10/50 % of each by seed {split_seed}, validation={validation}"
-    return LabelledPhotos(photos, np.array(labels), policy, doubts)
+    return LabelledPhotos(find_photos(base / "Images", files), np.array(labels), policy, doubts)
 
 
 def ucm(root, split, split_seed=0):
@@ -394,6 +389,12 @@ def part_of(word):
     return found and found[1].lower()
 
 
+def json_rows(path):
+    """{file: [labels]}, where a file may stand twice"""
+    for file, labels in json.loads(read_text(path, "labels"), object_pairs_hook=list):
+        yield file, dict.fromkeys(list.copy(labels), 1)
+
+
 def jsonl_rows(path):
     """Hugging Face's metadata.jsonl"""
     for number, line in enumerate(lines_of(path, "labels"), 1):
@@ -406,21 +407,17 @@ def jsonl_rows(path):
 
 
 def coco_rows(path):
-    """COCO's instances, beside the photos or in annotations/instances_<their folder>.json. A crowd counts as present; a
-    category without a box is no label."""
+    """COCO's instances, beside the photos or in annotations/instances_<their folder>.json. A category without a box is
+    no label."""
     place = "."
     if path.parent.name == "annotations":
         place = f"../{path.stem.removeprefix('instances_')}"
-    for file, (things, _) in coco_things(path).items():
-        yield f"{place}/{file}", {name: 1 for name, *_ in things}
+    return [(f"{place}/{file}", marks) for file, marks in coco_marks(path).items()]
 
 
 def voc_rows(path):
     """VOC's XML; a label seen only on objects marked difficult is ignored"""
-    if path.suffix == ".xml":
-        things, _ = voc_things(path)
-        clear_last = sorted(things, key=itemgetter(-1))
-        yield path.stem, {name: 1 if clear else -1 for name, *_, clear in clear_last}
+    yield path.stem, voc_marks(path)
 
 
 def folder_rows(photo):
@@ -429,20 +426,19 @@ def folder_rows(photo):
 
 
 FORMS = (  # what reads the rows (file, {label: 1 or -1}) of a label file, and where such files are
-    (None, "labels.csv"),
-    (None, "labels.json"),
-    (None, "metadata.csv"),
+    (read_table, "labels.csv"),
+    (json_rows, "labels.json"),
+    (read_table, "metadata.csv"),
     (jsonl_rows, "metadata.jsonl", "*/metadata.jsonl"),
     (coco_rows, "annotations.json", "_annotations.coco.json", "*/annotations.json", "*/_annotations.coco.json",
      "annotations/instances_*.json"),
-    (voc_rows, "**/*.xml", "ImageSets/Main/*.txt"),
+    (voc_rows, "**/*.xml", *[f"ImageSets/Main/{part}.txt" for part in ("train", "val", "trainval", "test")]),
 )
 
 
 def photos_under(base):
     """Photos of a folder, any depth, hidden ones left out -> Paths"""
-    photos = [path for path in sorted(base.rglob("*")) if path.suffix.lower() in data.PHOTO_SUFFIXES]
-    return [photo for photo in photos if "/." not in f"/{photo.relative_to(base).as_posix()}"]
+    return [path for path in files_under(base) if path.suffix.lower() in data.PHOTO_SUFFIXES]
 
 
 def label_files(base):
@@ -463,46 +459,48 @@ def own_table(base):
     """Your own labels, of all parts -> data.Table. Raises UsageError."""
     rows_of, files = label_files(base)
     if not files:
-        find_files(base, (), *data.FOLDER_FILES)  # raises MissingFile
-    if rows_of is None:
+        find_files(base, (), "labels.csv", "labels.json")  # raises MissingFile
+    if rows_of is read_table:
         return read_table(files[0])
     rows = []
+    lists = {}
     for path in files:
+        if path.suffix == ".txt":
+            lists[path.stem] = set(read_text(path, "image list").split())
+            continue
         place = path.parent.relative_to(base)
-        rows += [(str(place / file), marks, "") for file, marks in rows_of(path)]
-    lists = {path.stem: path for path in files if path.suffix == ".txt" and part_of(path.stem)}
+        with reading(path, "labels", "docs/datasets.md shows the form"):
+            for file, marks in rows_of(path):
+                marks = {clean_name(name, path): mark for name, mark in marks.items()}
+                rows.append((str(place / file), marks, ""))
     if "val" in lists:
         lists.pop("trainval", None)
-    listed = []
-    for part, path in lists.items():
-        photos = set(read_text(path, "image list").split())
-        listed += [(file, marks, part) for file, marks, _ in rows if Path(file).name in photos]
     if lists:
-        rows = listed
+        rows = [(file, marks, name) for file, marks, _ in rows for name in lists if Path(file).name in lists[name]]
     return table_of(rows, base)
 
 
 def key_of(file):
-    """Names of photos are compared in this form: slashes, composition and case alike, some folders left out."""
-    return re.sub("(?<![^/])(images|jpegimages|annotations)/", "", fold(file.replace("\\", "/")))
+    """Names of photos are compared in this form: composition and case alike, "&" as "_", some folders left out."""
+    return re.sub("(?<![^/])(images|jpegimages|annotations)/", "", fold(file).replace("&", "_"))
 
 
 def find_photos(base, files):
     """Files as people write them, perhaps without suffix -> Paths; base / file where none is found. Raises UsageError
     where a name fits two photos."""
-    photos = [base / normpath(file) for file in files]
-    missing = [row for row, photo in enumerate(photos) if not isfile(photo)]
+    photos = [base / file for file in files]
+    if all(map(isfile, photos)):
+        return photos
     known = {}
-    if missing:
-        for photo in photos_under(base):
-            key = key_of(photo.relative_to(base).as_posix())
-            for name in (key, splitext(key)[0]):
-                known.setdefault(name, []).append(photo)
-    for row in missing:
-        photo, *others = known.get(key_of(normpath(files[row])), [photos[row]])
-        if others:
-            raise UsageError(f"{base}: '{files[row]}' may be {photo} or {others[0]}; write down the whole name")
-        photos[row] = photo
+    for photo in photos_under(base):
+        key = key_of(photo.relative_to(base).as_posix())
+        for name in (key, splitext(key)[0]):
+            known.setdefault(name, []).append(photo)
+    for row, file in enumerate(files):
+        if not isfile(base / file):
+            photos[row], *others = known.get(key_of(file), [base / file])
+            if others:
+                raise UsageError(f"{base}: '{file}' may be {photos[row]} or {others[0]}; write down the whole name")
     return photos
 
 
@@ -511,12 +509,12 @@ def folder(root, split, split_seed=0):
     photos are trained on, or tested on where there is no test. split_seed: draws 80 / 20 % where there is no split."""
     base = Path(root)
     table = own_table(base)
-    photos = find_photos(base, table.files)
+    files = [normpath(file.replace("\\", "/")) for file in table.files]
+    photos = find_photos(base, files)
+    folders = [key_of(file).split("/")[0] for file in files]
     words = table.splits
-    if not any(words):
-        words = [key_of(normpath(file)).split("/")[0] for file in table.files]
-        if len(set(words)) == 1:
-            words = table.splits  # one folder is no split
+    if not any(words) and len(set(folders)) > 1:  # one folder is no split
+        words = folders
     parts = list(map(part_of, words))
     if None in parts:
         if any(table.splits):
@@ -525,15 +523,21 @@ def folder(root, split, split_seed=0):
         joined = "train" if "test" in parts else "test"
         say_once(f"{base}: validation photos join {joined}")
         parts = [joined if part == "val" else part for part in parts]
-    rows = first_rows(photos, list(zip(parts, table.labels.tolist(), strict=True)), base)
-    policy = "its own split"
-    chosen = [row for row in rows if parts[row] == split]
+    row_of = {}
+    for row, photo in enumerate(photos):
+        first = row_of.setdefault(photo, row)
+        if parts[row] != parts[first] or (table.labels[row] != table.labels[first]).any():
+            raise UsageError(f"{base}, row of {files[row]}: stands twice with other labels or in two parts; keep one")
+    rows = np.array(list(row_of.values()))
     if None in parts:
         policy = f"80/20 by seed {split_seed}"
-        chosen = np.array(rows)[shared_out(len(rows), split_seed, train=0.8, test=0.2)[split]]
-    if not len(chosen):
+        rows = rows[shared_out(len(rows), split_seed, train=0.8, test=0.2)[split]]
+    else:
+        policy = "its own split"
+        rows = [row for row in rows if parts[row] == split]
+    if not len(rows):
         raise UsageError(f"{base}: no photo is in the {split} part; add photos, or a column split to labels.csv")
-    return LabelledPhotos(photos, table.labels, policy, names=table.names).at(chosen)
+    return LabelledPhotos(photos, table.labels, policy, names=table.names).at(rows)
 
 
 VALIDATION = {"validation": ("train", "drop")}
