@@ -67,14 +67,17 @@ def test_numbers(write_run, tmp_path):
     assert number("rp-ucm") == "undefined"
 
 
-def test_tables_of_other_records():
-    """10 and 14: mean 12, standard deviation sqrt(8). Of macro and micro F1 the first."""
+def test_other_records():
+    """10 and 14: mean 12, standard deviation sqrt(8). Of macro and micro F1 the first. Thirds of 10, 12, 14."""
     facts = dict.fromkeys(("command", "commit", "device", "seconds"))
     models = [{"maps": {"DSF": {"pointing": hits}}} for hits in (10, 14)]
     assert tables.read_maps({**facts, "models": models})["numbers"] == {"DSF": [12, 8 ** 0.5]}
     values = {"A, 50": [[10, 1], [14, 1]], "A, 100": [3], "B, 50": [5]}
     runs = {"curve": tables.read_values({**facts, "values": values})}
+    for third in range(3):
+        runs[f"rp-scenes-unseen-{third}"] = {"numbers": {"seen": [10 + 2 * third, 0]}}
     assert tables.curve(runs).rows == [["A", [12, 8 ** 0.5], [3, None]], ["B", [5, None], ""]]
+    assert tables.unseen(runs).rows[0][1:3] == [[12, 2], ""]
 
 
 def test_weighted_photos_are_repeated_photos():
@@ -83,14 +86,14 @@ def test_weighted_photos_are_repeated_photos():
     truth = draw.integers(-1, 2, (60, 4))
     truth[:, 3] = np.arange(60) == 0  # in some draws without a positive
     scores = draw.normal(size=(60, 4)).round(1)
+    found = scores > 0.5
     weights = intervals.photo_weights(60)
     mAP = intervals.weighted_mAP(scores, truth, weights)
-    F1 = intervals.weighted_macro_f1(scores > 0.5, truth, weights)
+    F1 = intervals.weighted_macro_f1(found, truth, weights)
     for column in (intervals.WHOLE, 1, 2, 3, intervals.THIRD.start, intervals.REST.start):
         rows = np.repeat(np.arange(60), weights[:, column].astype(int))
         assert mAP[column] == pytest.approx(metrics.mean_average_precision(scores[rows], truth[rows]), abs=1e-4)
-        assert F1[column] == pytest.approx(metrics.macro_f1(1.0 * (scores[rows] > 0.5), truth[rows]))
-    assert set(weights[:, intervals.DRAWN].sum(0)) == {60}
+        assert F1[column] == pytest.approx(metrics.macro_f1(1.0 * found[rows], truth[rows]))
 
 
 def test_noise_chosen_on_a_third():
@@ -226,8 +229,8 @@ def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
 
 def test_ctrl_c_ends_the_list(run_all, tmp_path):
     """Both runs that are under way end, and no other begins."""
-    process = run_all(start=subprocess.Popen, ONLY="rp-scenes", JOBS="2")
-    logs = [tmp_path / "runs" / name for name in ("rp-scenes.log", "rp-scenes--noise-std-0.log")]
+    process = run_all(start=subprocess.Popen, ONLY="rp-scenes")
+    logs = [tmp_path / "runs/rp-scenes.log", tmp_path / "runs/rp-scenes--noise-std-0.log"]
     while not all(log.is_file() and log.read_bytes() for log in logs):  # until both have said their first word
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
@@ -240,11 +243,10 @@ def test_tag(run_all, tmp_path):
     """Words and photos to tags, from another folder. A model is not asked before all else is found to be there."""
     (tmp_path / "words.txt").write_text("ball\nboat\nchess board\n")
     (tmp_path / "empty").mkdir()
-    nobody = "--llm=http://127.0.0.1:9/v1"
-    assert "no photo in this folder" in run_all("tag", "words.txt", "empty", nobody, expect=2).stderr
-    assert "label file no.txt: no such file" in run_all("tag", "no.txt", ".", nobody, expect=2).stderr
-    assert "photos nosuch/: no such file or folder" in run_all("tag", "words.txt", "nosuch/", expect=2).stderr
-    assert "no command 'x'" in run_all("x", expect=2).stderr
+    for words, wrong in (("tag words.txt empty --llm=http://127.0.0.1:9/v1", "no photo in this folder"),
+                         ("tag no.txt .", "label file no.txt: no such file"),
+                         ("tag words.txt nosuch/", "photos nosuch/: no such file or folder"), ("x", "no command 'x'")):
+        assert wrong in run_all(*words.split(), expect=2).stderr
     photos = REPOSITORY / "assets/tables"
     options = "--backbone scenes --top-k 1 --epochs 1 --count 60 --quiet --output found"
     assert "photos tagged" in run_all("tag", "words.txt", photos, *options.split()).stdout
@@ -253,11 +255,12 @@ def test_tag(run_all, tmp_path):
 
 
 def test_the_demos_table(write_run, tmp_path, capsys):
-    for name, mAPs in (("rp", [64.0, 65.0]), ("rp-no-noise", [60.0]), ("sspa", [67.0])):
-        assert "SSPA" not in capsys.readouterr().out
-        write_run(name, mAPs)
-        if name != "rp":
-            tables.main(["--demo", str(tmp_path)])
+    write_run("rp", [64.0, 65.0])
+    write_run("rp-no-noise", [60.0])
+    tables.demo(tmp_path)
+    assert "SSPA" not in capsys.readouterr().out
+    write_run("sspa", [67.0])
+    tables.main(["--demo", str(tmp_path)])
     lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
     assert {"RP, noise 0.15 300 sentences 64.50 ±0.71 64.5 64.5",
             "SSPA, image tower frozen 130 labelled pictures 67.00 67.0 67.0"} < lines
