@@ -19,7 +19,7 @@ set -eo pipefail
 CALLED_FROM="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")" && HERE="$PWD"
 if [ "$CALLED_FROM" = "$HERE" ]; then FROM=; else FROM="$CALLED_FROM/"; fi  # short paths in recorded commands
-trap 'kill -INT -- $(jobs -pr | sed s/^/-/) 2> /dev/null || :; wait; exit 130' INT HUP TERM  # else the next run would begin
+trap 'kill -INT -- $(jobs -pr | sed s/^/-/) 2> /dev/null || :; wait; exit 130' INT HUP TERM  # ends the runs, too
 
 experiments() {
     # the longest first, so that none is left over in the end: SSPA whole, tuned on UCM, and its learning curve

@@ -1,6 +1,6 @@
 """What one would try first: libraries' classifiers that learn from the same texts as RP and label the same photos.
 
-    python experiments/baselines.py --features FILE.npz --output D    4 minutes on two cores; options of adapter_rp.py
+    python experiments/baselines.py --features FILE.npz --output D    some minutes; options of adapter_rp.py
     python experiments/baselines.py --output D                        the drawn scenes
 
 A noisy copy of the texts has Gaussian noise of --noise-std times the mean text norm, as RP's, but drawn once; RP draws
