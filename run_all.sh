@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# bash run_all.sh         makes every run listed below that is not done yet, then results/tables.md. Environment:
+# bash run_all.sh         makes every run listed below that is not done yet, then runs/tables/tables.md. Environment:
 #                         DATA_ROOT=data               where the datasets are       SEEDS="0 1 2"     GPU=0, or GPU=cpu
 #                         ONLY="rp-scenes sspa-ucm"    only runs whose names begin so ("rp-scenes$": that one alone)
 #                         DATASETS="voc2007 ucm"       both methods on these, instead of those listed
@@ -8,6 +8,7 @@
 #                         RUNS=FOLDER                  of runs and tables, for runs with other CLIP, OPTIONS or SEEDS
 #                         FEATURES=FILE.npz            ready embeddings             TEXTS=FOLDER      <dataset>.jsonl
 #                         UCM_ROOT=../shared/data      where ucm is, for the runs with the toy CLIP
+#                         JOBS=2                       how many runs at a time; the cores are shared out
 # bash run_all.sh --plan  prints the command of every run, and makes none
 # bash run_all.sh demo    trains RP and SSPA on the built-in scenes, prints one table, tags and explains pictures
 # bash run_all.sh tag WORDS.txt PHOTOS/ [--llm URL] [--model NAME] [--count N] [options of adapter_rp.py and tag.py, as
@@ -18,9 +19,15 @@ set -eo pipefail
 CALLED_FROM="$PWD"
 cd "$(dirname "${BASH_SOURCE[0]}")" && HERE="$PWD"
 if [ "$CALLED_FROM" = "$HERE" ]; then FROM=; else FROM="$CALLED_FROM/"; fi  # short paths in recorded commands
-trap 'exit 130' INT  # else the next run would begin
+trap 'kill -INT -- $(jobs -pr | sed s/^/-/) 2> /dev/null || :; wait; exit 130' INT HUP TERM  # ends the runs, too
 
 experiments() {
+    # the longest first, so that none is left over in the end: SSPA whole, tuned on UCM, and its learning curve
+    seeds="0 1 2"
+    sspa scenes --tune-image none --save-all
+    sspa ucm-toy-tuned --tune-image full --backbone scenes
+    once curve curve.json experiments/curve.py --seed ${SEEDS:-$seeds}
+
     for dataset in scenes features ${DATASETS:-voc2007 coco2014 nuswide}; do  # RP: noise, magnitude, number of texts
         seeds="0 1 2 3 4"
         for noise in "" "--noise-std 0"; do rp "$dataset${noise// /-}" $noise; done
@@ -28,22 +35,17 @@ experiments() {
         for noise in 0.05 0.1 0.2; do rp "$dataset--noise-std-$noise" --noise-std $noise; done
         for noise in "" "--noise-std 0"; do rp "$dataset-unit${noise// /-}" --normalize $noise; done
         if [ "$dataset" = features ]; then steps=960 option=--train-count; else steps=480 option=--text-count; fi
-        for count in 250 1000 4000; do  # as many steps as the main run, of 512 texts each
-            texts="$option $count --epochs $((steps/((count+511)/512)))"
-            rp "$dataset-$count-texts" $texts
-            if [ "$dataset" = scenes ]; then rp "scenes-$count-texts--noise-std-0" $texts --noise-std 0; fi
+        for count in 250 4000; do  # as many steps as the main run, of 512 texts each
+            rp "$dataset-$count-texts" $option $count --epochs $((steps/((count+511)/512)))
         done
     done
     rp scenes-uniform --noise-law uniform
     rp scenes-sphere --noise-law sphere
     for noise in "" "--noise-std 0"; do rp "features-linear${noise// /-}" --adapter linear $noise; done
 
-    for dataset in scenes features; do  # what scores and probabilities are worth: docs/probabilities.md
-        for loss in "--gamma-neg 0" "--clip 0.05" "--focal-gradient stopped"; do
-            rp "$dataset${loss// /-}" $loss
-        done
-    done
-    for count in 1 2 4; do
+    # what scores and probabilities are worth: docs/probabilities.md
+    for dataset in scenes features; do rp "$dataset--gamma-neg-0" --gamma-neg 0; done
+    for count in 1 4; do
         words "first-$count-drawn.txt" $(echo sun star bird car | cut -d " " -f "1-$count")
         rp "scenes-first-$count" --dataset scenes --labels "$RUNS/first-$count-drawn.txt"
         words "first-$count-seen.txt" $(echo car dog chair bottle | cut -d " " -f "1-$count")
@@ -53,32 +55,26 @@ experiments() {
         python llm_text.py sentences --dataset scenes --llm template --count 8000 --out "$RUNS/templates.jsonl" --quiet
     fi
     rp scenes-templates --texts "$RUNS/templates.jsonl"
-    once thresholds-features thresholds.json experiments/thresholds.py --features "$FEATURES" --seed ${SEEDS:-0 1 2}
-    once thresholds-scenes thresholds.json experiments/thresholds.py --seed ${SEEDS:-0 1 2}
+    once thresholds-features thresholds.json experiments/thresholds.py --features "$FEATURES" --seed ${SEEDS:-$seeds}
+    once thresholds-scenes thresholds.json experiments/thresholds.py --seed ${SEEDS:-$seeds}
 
     drawn=("sun cloud balloon mushroom car apple" "moon bird tree umbrella boat cup" "star kite flower house fish ball")
     seen=("aeroplane boat car cow horse pottedplant train" "bicycle bottle cat diningtable motorbike sheep tvmonitor" \
           "bird bus chair dog person sofa")
+    seeds=0
     for third in 0 1 2; do  # labels that training never sees
         rp scenes-unseen-$third --head label-embedding --unseen ${drawn[third]}
         rp features-unseen-$third --head label-embedding --unseen ${seen[third]}
         sspa scenes-unseen-$third --tune-image none --train-count 2000 --epochs 8 --unseen ${drawn[third]}
     done
+    seeds="0 1 2"
 
     # what one would try first, and what prompt tuning costs
     once baselines-features baselines.json experiments/baselines.py --features "$FEATURES"
     once baselines-scenes baselines.json experiments/baselines.py
+    aerial=(--dataset ucm --data-root "$UCM_ROOT" --backbone scenes)
+    once baselines-ucm-toy baselines.json experiments/baselines.py "${aerial[@]}"
     once rp-cost benchmark.json experiments/benchmark.py cost
-
-    # SSPA on scenes: the whole, number of photos, ablations, where maps point
-    sspa scenes --tune-image none --save-all
-    once curve curve.json experiments/curve.py --seed ${SEEDS:-0 1 2}
-    ablations=("" "--fusion knowledge" "--fusion context" "--fusion sum" "--fusion concat" "--no-dsf" "--no-gate" \
-               "--alignment none" "--descriptions none" "--aggregator mean" "--branches global")
-    for ablation in "${ablations[@]}"; do
-        sspa "scenes-short${ablation// /-}" --tune-image none --train-count 2000 --epochs 8 --save-all $ablation
-    done
-    for run in scenes scenes-short scenes-short--no-gate scenes-short--alignment-none; do maps $run; done
 
     # UCM, whole, aerial photos, with the toy CLIP, which knows drawn things alone
     if ! [ "$plan" ]; then  # a sentence a line
@@ -88,7 +84,15 @@ experiments() {
     rp ucm-toy --backbone scenes
     rp ucm-toy-descriptions --backbone scenes --texts "$RUNS/ucm-descriptions.txt" --epochs 480
     sspa ucm-toy --tune-image none --backbone scenes
-    sspa ucm-toy-tuned --tune-image full --backbone scenes
+
+    # SSPA on scenes: ablations, where maps point
+    ablations=("" "--fusion knowledge" "--fusion context" "--fusion concat" "--no-dsf" "--no-gate" "--alignment none" \
+               "--descriptions none" "--aggregator mean" "--branches global")
+    for ablation in "${ablations[@]}"; do
+        sspa "scenes-short${ablation// /-}" --tune-image none --train-count 2000 --epochs 8 --save-all $ablation
+    done
+    wait  # for the models
+    for run in scenes scenes-short scenes-short--alignment-none; do maps $run; done
 
     # photographs
     for dataset in ${DATASETS:-voc2007 coco2014 nuswide pa100k rapv1 peta multiscene mlrsnet ucm}; do
@@ -122,13 +126,18 @@ train() {  # SCRIPT NAME DATASET[-VARIANT] OPTIONS
     esac
     run "$2" "$1" "${where[@]}" "${@:4}" --seed ${SEEDS:-$seeds} ${GPU:+--gpu $GPU} $OPTIONS
 }
-run() {  # NAME SCRIPT WORDS. $RUNS/NAME: the run; NAME.log: what it said; NAME.reason: why it came to nothing
+run() {  # NAME SCRIPT WORDS, while less than $JOBS others run
     wanted "$1" || return 0
-    local at="$RUNS/$1"
-    set -- python "${@:2}" --output "$at"
-    if [ "$plan" ]; then printf '%q ' "$@"; echo; return; fi
-    printf '%s: ' "$at"
-    if "$@" > "$at.log" 2>&1; then rm -f "$at.reason"; echo "done"; else tail -n 1 "$at.log" | tee "$at.reason"; fi
+    if [ "$plan" ]; then printf '%q ' python "${@:2}" --output "$RUNS/$1"; echo; return; fi
+    while [ "$(jobs -pr | wc -l)" -ge "$JOBS" ]; do wait -n || :; done
+    set -m  # a process group of its own, which Ctrl-C ends by the trap above
+    finish "$RUNS/$1" python "${@:2}" --output "$RUNS/$1" &
+    set +m
+}
+finish() {  # AT COMMAND. AT: the run; AT.log: what it said; AT.reason: why it came to nothing
+    if "${@:2}" > "$1.log" 2>&1; then rm -f "$1.reason"; echo "$1: done"; return; fi
+    tail -n 1 "$1.log" > "$1.reason"
+    echo "$1: $(cat "$1.reason")"
 }
 fail() { echo "run_all.sh: $1" >&2; exit 2; }
 absolute() { case "$1" in "") echo "$2" ;; /*) echo "$1" ;; *) echo "$FROM$1" ;; esac; }  # PATH DEFAULT
@@ -147,14 +156,17 @@ set_up() {  # an active virtual environment is used as it is, else .venv is made
 case "$1" in "" | demo | tag | test) set_up ;; esac
 case "$1" in
     "" | --plan)
-        plan="$1" RESULTS="${RUNS:-results}/tables.md" RUNS="${RUNS:-runs/tables}"
+        plan="$1" RUNS="${RUNS:-runs/tables}"
         DATA_ROOT="$(absolute "$DATA_ROOT" data)" TEXTS="$(absolute "$TEXTS" assets/texts)"
         UCM_ROOT="$(absolute "$UCM_ROOT" ../shared/data)"
         FEATURES="$(absolute "$FEATURES" ../shared/data/photo_embeddings/voc2007_even.npz)"
         if [ "$GPU" = cpu ]; then export CUDA_VISIBLE_DEVICES= GPU=; fi
         [ "$plan" ] || mkdir -p "$RUNS"
+        JOBS="${JOBS:-2}"
+        [ "$GPU" ] || export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((($(nproc) + JOBS - 1) / JOBS))}"
         experiments
-        [ "$plan" ] || python experiments/tables.py --runs "$RUNS" --results "$RESULTS"
+        wait
+        [ "$plan" ] || python experiments/tables.py --runs "$RUNS"
         ;;
     demo)
         at=runs/demo rp=runs/demo/rp/checkpoint.safetensors sspa=runs/demo/sspa/checkpoint.safetensors
@@ -204,6 +216,6 @@ except data.UsageError as error: sys.exit(f"run_all.sh: {error}")' "$photos" || 
         python "$HERE/tag.py" "$folder/checkpoint.safetensors" "$photos" --cache "$HERE/runs/cache" "${tag[@]}"
         ;;
     test) python -m pytest -q -rs tests "${@:2}" ;;
-    -h | --help) sed -n '2,16s/^# //p' run_all.sh ;;
+    -h | --help) sed -n '2,17s/^# //p' run_all.sh ;;
     *) fail "no command '$1'; -h lists them" ;;
 esac

@@ -4,14 +4,14 @@
 
 From 50 to 1,000 labelled pictures learn, the image tower frozen: SSPA with its default number of epochs; SSPA with the
 number of steps, and the linear probe with the C, whose mAP is best on a fifth of these pictures after learning from the
-others, and which then learn from all. The seed draws the fifth, too. Writes D/curve.json and prints mAP on the test
-pictures, percent, and what was chosen.
+others, and which then learn from all. The seed draws the fifth, too. Prints mAP on the test pictures, percent, and what
+was chosen, and writes D/curve.json.
 """
-import itertools
 import math
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +30,9 @@ STRENGTHS = (0.01, 0.1, 1, 10, 100)  # C of the probe
 
 def main(argv):
     began = time.time()
-    frozen = ["--tune-image", "none", "--lr", "6e-3"]
-    config = run.parse(sspa.Config, [*frozen, *argv], "Learning curves of SSPA and of the linear probe.", "")
+    words = ["--tune-image", "none", "--lr", "6e-3", *argv]
+    config = run.parse(sspa.Config, words, "Learning curves of SSPA and of the linear probe.", "")
     device = run.set_up(config)
-    folder = Path(config.output or "runs/curve")
     names = sspa.names_of(config)
     clip = run.load_clip(config, device)
     labels = sspa.labels_of(config, clip, names)
@@ -46,8 +45,8 @@ def main(argv):
         config.epochs = sspa.default_epochs(count, config.batch_size)
         if steps:
             config.epochs = math.ceil(steps / max(1, count // config.batch_size))
-        with tempfile.TemporaryDirectory() as place:
-            model = sspa.train(config, clip, labels, photos, seed, Path(place))
+        with tempfile.TemporaryDirectory() as folder:
+            model = sspa.train(config, clip, labels, photos, seed, Path(folder))
         measures, _ = sspa.evaluate(config, clip, model, tested)
         return measures["mAP"]
 
@@ -57,30 +56,29 @@ def main(argv):
 
     def best(mAP, candidates, found, seed):
         """What scores best on a fifth of the photos after learning from the others"""
-        count = len(found.photos)
-        order = np.random.default_rng(seed).permutation(count)
-        fifth = features(found.at(order[:count // 5]))
-        others = features(found.at(order[count // 5:]))
+        order = np.random.default_rng(seed).permutation(len(found.photos))
+        count = len(order) // 5
+        fifth = features(found.at(order[:count]))
+        others = features(found.at(order[count:]))
         return max(candidates, key=lambda candidate: mAP(others, fifth, seed, candidate))
 
-    rows = []
+    values = defaultdict(list)
     tested = features(data.load_photos(config.dataset, config.data_root, "test", config.test_count))
-    ways = (("SSPA, default epochs", sspa_mAP, None), ("SSPA, steps by a held-out fifth", sspa_mAP, STEPS),
-            ("linear probe, C by a held-out fifth", probe_mAP, STRENGTHS))
-    print(f"{'':<40}{'pictures':>8}{'mAP %':>16}   chosen")
-    for count, (name, mAP, candidates) in itertools.product(COUNTS, ways):
+    for count in COUNTS:
         found = data.load_photos(config.dataset, config.data_root, "train", count)
-        chosen = []
-        mAPs = []
-        for seed in config.seed:
-            choice = candidates and best(mAP, candidates, found, seed)
-            chosen.append(choice)
-            mAPs.append(mAP(features(found), tested, seed, choice))
-        rows.append({"name": name, "photos": count, "chosen": chosen, "mAP": mAPs})
-        print("{:<40}{:8,}{:9.2f} ± {:4.2f}  ".format(name, count, *run.spread(mAPs)), *chosen, flush=True)
-    data.write_json(folder / "curve.json", {
+        for name, mAP, candidates in (("SSPA, default epochs", sspa_mAP, ()),
+                                      ("SSPA, steps by a held-out fifth", sspa_mAP, STEPS),
+                                      ("linear probe, C by a held-out fifth", probe_mAP, STRENGTHS)):
+            key = f"{name}, {count}"
+            for seed in config.seed:
+                choice = None
+                if candidates:
+                    choice = best(mAP, candidates, found, seed)
+                values[key].append(mAP(features(found), tested, seed, choice))
+                print(f"{key:<44}seed {seed}{values[key][-1]:8.2f}   chosen: {choice}", flush=True)
+    data.write_json(Path(config.output or "runs/curve") / "curve.json", {
         "command": " ".join(["python experiments/curve.py", *argv]), "commit": run.commit(), "device": str(device),
-        "seconds": time.time() - began, "dataset": config.dataset, "seeds": config.seed, "rows": rows})
+        "seconds": time.time() - began, "values": values})
 
 
 if __name__ == "__main__":

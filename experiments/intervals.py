@@ -60,13 +60,17 @@ def weighted_macro_f1(predicted, truth, weights):
 
 
 def sampled(path, config):
-    """config: of the run's metrics.json -> {metric: [S, W]}: mAP, <baseline>_mAP, macro F1 of two kinds of threshold"""
+    """config: of the run's metrics.json -> {metric: [S, W]}: mAP, <baseline>_mAP, macro F1 of two kinds of threshold.
+    Without a config, of baselines.json: {name: [1, W]}, mAP"""
     tensors = load_file(path)
     truth = tensors.pop("truth")
     weights = photo_weights(len(truth))
     values = defaultdict(list)
     for name, scores in tensors.items():
         mAP = weighted_mAP(scores, truth, weights)
+        if not config:
+            values[name].append(mAP)
+            continue
         if not name.startswith("seed "):
             values[f"{name}_mAP"].append(mAP)
             continue
@@ -99,12 +103,11 @@ def difference(one, other):
     return [float(values[WHOLE]), float(variance ** 0.5), *bounds(values)]
 
 
-def noise_without_labels(values, default):
-    """The noise of the best mAP on a third of the photos, scored on the rest. values: {strength: [S, W]}; default: one
-    of them -> (gain over it: [mean, standard deviation over thirds], how often each strength is chosen, percent)"""
-    means = np.array([rows.mean(0) for rows in values.values()])                 # [strengths, W]
+def gain_of_chosen(values, default):
+    """What the setting of the best mAP on a third of the photos gains over the default, on the rest. values: {setting:
+    [S, W]}, default among them -> [mean, standard deviation over thirds]"""
+    means = np.array([rows.mean(0) for rows in values.values()])                 # [settings, W]
     best = means[:, THIRD].argmax(0)
     rest = means[:, REST]
     gain = rest[best, range(SPLITS)] - rest[list(values).index(default)]
-    shares = 100 * np.bincount(best, minlength=len(values)) / SPLITS
-    return [float(gain.mean()), float(gain.std(ddof=1))], shares.tolist()
+    return [float(gain.mean()), float(gain.std(ddof=1))]
