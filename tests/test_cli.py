@@ -11,7 +11,6 @@ import subprocess
 import sys
 import termios
 from itertools import count, product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -166,16 +165,6 @@ def test_killed_and_resumed(start, runs, tmp_path):
         file.write('{"run": "seed 1", "epoch": 599, "loss": 7}\n{"run": "seed 1", "ep')
     assert re.search("going on after epoch [1-9]", start(*runs.words, folder).end()[1])
     assert outcome(folder) == outcome(runs.whole)
-
-
-def test_killed_while_photos_are_decoded(start, tmp_path):
-    """Processes that decode photos do not keep a folder from its next run when the one they work for is killed."""
-    words = (SSPA, FEW, "--tune-image full --batch-size 4 --output", tmp_path)
-    running = start(*words)
-    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children")
-    running.wait_for(lambda: in_training(tmp_path) and children.read_text())
-    kill_in_training(running, tmp_path)
-    assert "going on after epoch" in start(*words).end()[1]
 
 
 def test_what_another_run_left_is_not_gone_on_with(start, runs, tmp_path):

@@ -7,6 +7,7 @@ import pickle
 import re
 import runpy
 import sqlite3
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from unittest.mock import Mock, call
 import numpy as np
 import pytest
 import torch
-from conftest import Bomb
+from conftest import REPOSITORY, Bomb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -400,3 +401,16 @@ def test_processes_of_torchrun_share_the_photos(monkeypatch):
     assert torch.equal(rows[4]["mean"], embed.load_photo(CLIP, PHOTOS[4]).mean((1, 2)))
 
 
+
+
+def test_a_worker_ends_with_its_parent():
+    """The parent is killed while its worker waits to hand over a batch that no pipe holds; what both would write to is
+    closed when both have ended."""
+    code = ("import embed, time\n"
+            "for batch in embed.decoded(embed.load_clip(), [('test', 0)] * 32, [range(32)] * 9, 1):\n"
+            "    print('at work', flush=True)\n"
+            "    time.sleep(100)")
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.kill()
+    process.communicate(timeout=20)
