@@ -16,6 +16,18 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared" / "data"
 
 
+class Bomb:
+    """What a pickle may do to whoever loads it: leave a file"""
+    def __reduce__(self):
+        return open, ("bomb", "w")
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The current folder is the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def shared():
     """Real photos, captions and embeddings; tests that need them skip where they are absent."""
@@ -31,14 +43,11 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command(cache, tmp_path_factory):
-    """command("sspa.py", "--epochs", 3) -> CompletedProcess of the real script, on the CPU, in a folder elsewhere."""
-    def run(script, *words, expect=0, timeout=300, cwd=None):
-        words = [str(word) for word in words]
-        if script in ("adapter_rp.py", "sspa.py"):
-            words += ["--cache", cache, "--cpu"]
-        done = subprocess.run([sys.executable, str(REPOSITORY / script), *words], capture_output=True, text=True,
-                              timeout=timeout, cwd=cwd or tmp_path_factory.mktemp("cwd"),
+def command(tmp_path_factory):
+    """command("scenes.py", "draw", folder) -> CompletedProcess of the real script, in a folder elsewhere."""
+    def run(script, *words, expect=0, cwd=None):
+        done = subprocess.run([sys.executable, REPOSITORY / script, *map(str, words)], capture_output=True, text=True,
+                              timeout=300, cwd=cwd or tmp_path_factory.mktemp("cwd"),
                               env={**os.environ, "PYTHONIOENCODING": "utf-8"})
         assert done.returncode == expect, f"exit code {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
@@ -98,7 +107,7 @@ def place(tmp_path_factory):
     for row, name in enumerate(("a.png", os.fsdecode(b"caf\xe9 \xff.png"), "ü, 1.jpg")):
         scenes.picture("test", row)[0].save(photos / name)
     (photos / "torn.jpg").write_bytes((photos / name).read_bytes()[:700])
-    for name, words in (("few", ["sun", "moon"]), ("foreign", ["cup", "zebra"]), ("seen", scenes.NAMES[:-2]),
-                        ("reversed", scenes.NAMES[::-1])):
+    for name, words in (("few", ["sun", "moon"]), ("foreign", ["cup", "zebra"]), ("new", ["cup", "ball"]),
+                        ("seen", scenes.NAMES[:-2]), ("reversed", scenes.NAMES[::-1])):
         (place / f"{name}.txt").write_text("\n".join(words))
     return place

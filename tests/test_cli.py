@@ -10,20 +10,20 @@ import statistics
 import subprocess
 import sys
 import termios
-from io import BytesIO
-from itertools import count
-from pathlib import Path
+from itertools import count, product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, Bomb
 from forked import BOTH, RP, SSPA, TINY, content_of, read_lines, result_of, start_processes, start_two
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 import adapter_rp
+import run
+import sspa
 
 FEW = "--tune-image none --train-count 40 --test-count 40 --epochs 2 "
 LONG = {RP: "--text-count 300 --test-count 130 --epochs 600 --seed 0 1",
@@ -33,9 +33,7 @@ LONG = {RP: "--text-count 300 --test-count 130 --epochs 600 --seed 0 1",
 def outcome(folder):
     """What must not differ between two runs of the same settings"""
     result = result_of(folder)
-    log = read_lines(folder / "log.jsonl")
-    for entry in log:
-        entry.pop("seconds")
+    log = [line | {"seconds": 0} for line in read_lines(folder / "log.jsonl")]
     tensors = {name: tensor.tolist() for name, tensor in load_file(folder / "checkpoint.safetensors").items()}
     return result["runs"], result["per_class"], result["finished"], log, tensors, sorted(os.listdir(folder))
 
@@ -62,71 +60,73 @@ def test_help(command, monkeypatch, script):
     assert re.findall(r"(?m)^(\w+):$", done.stdout) == ["options", "method", "data", "CLIP", "running"]
 
 
-REFUSED = {  # command: what the answer must hold
-    "adapter_rp.py --lr nan": "--lr: must be above 0",
-    "adapter_rp.py --lr 0,1": "--lr: invalid float",
-    "adapter_rp.py --data x": "s: --data",
-    "adapter_rp.py --seed 1 1": "--seed 1 1: a value stands twice",
-    "adapter_rp.py --seed -1": "--seed: must be at least 0",
-    "adapter_rp.py --dataset imagenet": "choose from 'scenes', 'voc2007'",
-    "adapter_rp.py --resolution 65": "multiple of 8",
-    "adapter_rp.py --policy difficult=ignore": "--policy difficult=ignore: scenes takes none",
-    "adapter_rp.py --gpu 99": "GPU 99: this machine has",
-    "adapter_rp.py --gpu 0 --cpu": "leave one out",
-    "adapter_rp.py --backbone ViT-B-61": "ViT-B-16",
-    "adapter_rp.py --pretrained laion": "of which CLIP? add --backbone NAME",
-    "adapter_rp.py --backbone ViT-S-32-alt --pretrained openai": "--pretrained openai: ",
-    "adapter_rp.py --dataset voc2007 --backbone scenes --data-root {place}": "VOCtrainval_06-Nov-2007.tar",
-    "adapter_rp.py --features {place}/features.npz --texts x": "leave --texts out",
-    "adapter_rp.py --features {place}/features.npz --labels {place}/few.txt": "--labels names 'sun', which",
-    "adapter_rp.py --labels {place}/features.npz": "give a UTF-8",
-    "adapter_rp.py --labels /dev/null": "holds no label",
-    "adapter_rp.py --texts {place}/features.npz": "give a UTF-8",
-    "adapter_rp.py --texts /dev/null": "none of 0 texts",
-    "adapter_rp.py --checkpoint {rp} --labels {place}/reversed.txt": "label 1 is 'sun' there",
-    "adapter_rp.py --checkpoint {rp} --resolution 128": "same --backbone, --pretrained and --resolution",
-    "adapter_rp.py --checkpoint {sspa}": "pass a checkpoint.safetensors that adapter_rp.py or sspa.py wrote",
-    "adapter_rp.py --unseen sun": "add --head label-embedding",
-    "adapter_rp.py --tensorboard": "pip install tensorboard",
-    "adapter_rp.py --output /proc/x": "/proc/x",
-    "sspa.py --ema 1": "at least 0 and below 1",
-    "sspa.py --texts x": "s: --texts x",
-    "sspa.py --output {place}/few.txt/x": "/few.txt",
-    "sspa.py --unseen größe": "--unseen größe: must be one of the labels",
-    f"sspa.py {FEW} --context-length 38": "--context-length 38: this CLIP reads 40 tokens",
-    "sspa.py --labels {place}/foreign.txt": "'zebra' is no label of scenes",
-    "sspa.py --descriptions {place}/few.txt": "valid JSON",
-    "sspa.py --descriptions /dev/null": "valid JSON",
-    "sspa.py --checkpoint {rp}": "pass a checkpoint.safetensors that adapter_rp.py or sspa.py wrote",
-    "sspa.py --checkpoint {sspa} --dataset voc2007": "VOCtest_06-Nov-2007.tar",
-    "tag.py nowhere {place}/nowhere": "/nowhere: no such file or folder",
-    "tag.py nowhere {place}/photos": "checkpoint nowhere: no such file",
-    "tag.py {place} {place}/photos": ": is a directory; pass a",
-    "tag.py {place}/photos/a.png {place}/photos": "; pass a checkpoint.safetensors",
-    "tag.py {rp} {place}/photos/empty": "photos end in .jpg",
-    "tag.py {rp} {place}/photos --threshold 50": "--threshold 50: must be from 0 to 1",
-    "tag.py {rp} {place}/photos --threshold auto --stdout": "--stdout does not; give a number",
-    "tag.py {rp} {place}/photos --threshold nowhere.json": "nowhere.json: no such file; give auto, a number",
-    "tag.py {rp} {place}/photos --top-k 0": "--top-k: must be at least 1",
-    "tag.py {rp} {place}/photos --workers -1": "--workers: must",
-    "tag.py {rp} {place}/photos --gpu -1": "--gpu: must",
-    "explain.py {sspa} {place}/photos --top-k 0": "--top-k: must be at least 1",
-}
+# command | what the answer must hold
+REFUSED = """
+adapter_rp.py --lr nan | --lr: must be above 0
+adapter_rp.py --lr 0,1 | --lr: invalid float
+adapter_rp.py --data x | s: --data
+adapter_rp.py --seed 1 1 | --seed 1 1: a value stands twice
+adapter_rp.py --seed -1 | --seed: must be at least 0
+adapter_rp.py --dataset imagenet | choose from 'scenes', 'voc2007'
+adapter_rp.py --resolution 65 | multiple of 8
+adapter_rp.py --policy difficult=ignore | --policy difficult=ignore: scenes takes none
+adapter_rp.py --gpu 99 | GPU 99: this machine has
+adapter_rp.py --gpu 0 --cpu | leave one out
+adapter_rp.py --backbone ViT-B-61 | open_clip has no model of this name; try ViT-B-16
+adapter_rp.py --backbone scene | try scenes
+adapter_rp.py --backbone ViT-B-32 --pretrained laion | no such weights of ViT-B-32; try openai
+adapter_rp.py --pretrained laion | of which CLIP? add --backbone NAME
+adapter_rp.py --backbone ViT-S-32-alt --pretrained openai | --pretrained openai: no file, and open_clip
+adapter_rp.py --dataset voc2007 --backbone scenes --data-root {place} | VOCtrainval_06-Nov-2007.tar
+adapter_rp.py --features {place}/features.npz --texts x | leave --texts out
+adapter_rp.py --features {place}/features.npz --labels {place}/few.txt | --labels names 'sun', which
+adapter_rp.py --labels {place}/features.npz | give a UTF-8
+adapter_rp.py --labels /dev/null | holds no label
+adapter_rp.py --texts /dev/null | none of 0 texts
+adapter_rp.py --checkpoint {rp} --labels {place}/reversed.txt | label 1 is 'sun' there
+adapter_rp.py --checkpoint {rp} --resolution 128 | same --backbone, --pretrained and --resolution
+adapter_rp.py --checkpoint {sspa} | pass a checkpoint.safetensors that adapter_rp.py or sspa.py wrote
+adapter_rp.py --unseen sun | add --head label-embedding
+adapter_rp.py --tensorboard | pip install tensorboard
+adapter_rp.py --output /proc/x | /proc/x
+sspa.py --ema 1 | at least 0 and below 1
+sspa.py --texts x | s: --texts x
+sspa.py --output {place}/few.txt/x | /few.txt
+sspa.py --unseen größe | --unseen größe: must be one of the labels
+sspa.py --tune-image none --train-count 40 --context-length 38 | --context-length 38: this CLIP reads 40 tokens
+sspa.py --labels {place}/foreign.txt | 'zebra' is no label of scenes
+sspa.py --descriptions {place}/few.txt | valid JSON
+sspa.py --checkpoint {rp} | pass a checkpoint.safetensors that adapter_rp.py or sspa.py wrote
+sspa.py --checkpoint {sspa} --dataset voc2007 | VOCtest_06-Nov-2007.tar
+tag.py nowhere {place}/nowhere | /nowhere: no such file or folder
+tag.py nowhere {place}/photos | checkpoint nowhere: no such file
+tag.py {place} {place}/photos | : is a directory; pass a
+tag.py {place}/photos/a.png {place}/photos | ; pass a checkpoint.safetensors
+tag.py {rp} {place}/photos/empty | photos end in .jpg
+tag.py {rp} {place}/photos --threshold 50 | --threshold 50: must be from 0 to 1
+tag.py {rp} {place}/photos --threshold auto --stdout | --stdout does not; give a number
+tag.py {rp} {place}/photos --threshold nowhere.json | nowhere.json: no such file; give auto, a number
+tag.py {rp} {place}/photos --top-k 0 | --top-k: must be at least 1
+tag.py {rp} {place}/photos --workers -1 | --workers: must
+tag.py {rp} {place}/photos --gpu -1 | --gpu: must
+explain.py {sspa} {place}/photos --top-k 0 | --top-k: must be at least 1
+"""
 
 
-def refused(start, *words):
+def refused(start, *words, **environment):
     """-> the one line that answers a command which is refused and leaves nothing where it was typed"""
-    running = start(*words)
+    running = start(*words, **environment)
     stdout, stderr = running.end(2)
     assert stdout == "" and stderr.count("\n") == 1
     assert set(content_of(running.stderr.parent)) == {running.stdout, running.stderr}
     return stderr
 
 
-@pytest.mark.parametrize("words", REFUSED)
-def test_refused(start, place, trained, words):
-    typed = words.format(place=place, rp=trained[RP].checkpoint, sspa=trained[SSPA].checkpoint)
-    assert REFUSED[words] in refused(start, *typed.split())
+@pytest.mark.parametrize("row", REFUSED.strip().splitlines())
+def test_refused(start, place, trained, row):
+    row = row.format(place=place, rp=trained[RP].checkpoint, sspa=trained[SSPA].checkpoint)
+    words, answer = row.split(" | ")
+    assert answer in refused(start, *words.split())
 
 
 # --- killed, resumed --------------------------------------------------------------------------------------------------
@@ -167,16 +167,6 @@ def test_killed_and_resumed(start, runs, tmp_path):
     assert outcome(folder) == outcome(runs.whole)
 
 
-def test_killed_while_photos_are_decoded(start, tmp_path):
-    """Processes that decode photos do not keep a folder from its next run when the one they work for is killed."""
-    words = (SSPA, FEW, "--tune-image full --batch-size 4 --output", tmp_path)
-    running = start(*words)
-    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children")
-    running.wait_for(lambda: in_training(tmp_path) and children.read_text())
-    kill_in_training(running, tmp_path)
-    assert "going on after epoch" in start(*words).end()[1]
-
-
 def test_what_another_run_left_is_not_gone_on_with(start, runs, tmp_path):
     """metrics.json deleted, as its own message advises, and then other settings: a run like any other."""
     folder = shutil.copytree(runs.killed, tmp_path / "left")
@@ -188,13 +178,6 @@ def test_what_another_run_left_is_not_gone_on_with(start, runs, tmp_path):
 
 # --- bad files --------------------------------------------------------------------------------------------------------
 
-class Bomb:
-    """What a pickle may do to whoever loads it: leave a file"""
-
-    def __reduce__(self):
-        return open, ("bomb", "w")
-
-
 def spoiled(tensors):
     """Tensors of the same names: not finite, and of other shapes"""
     yield {name: tensor * torch.nan for name, tensor in tensors.items()}
@@ -205,7 +188,7 @@ def check_refused(start, words, file, remedy, *contents):
     """A run that reads a damaged file says so in one line, with what to do, and leaves the file as it is. contents:
     damages beside the usual ones"""
     good = file.read_bytes()
-    for content in (b"", b"hello", b"\xff\xfe\0", good[:2 * len(good) // 3], pickle.dumps(Bomb(), 2), *contents):
+    for content in (b"", b"\xff\xfe\0", good[:2 * len(good) // 3], pickle.dumps(Bomb(), 2), *contents):
         file.write_bytes(content)
         before = content_of(file.parent)
         answer = refused(start, *words)
@@ -216,16 +199,13 @@ def check_refused(start, words, file, remedy, *contents):
 @pytest.mark.parametrize("name", ["metrics.json", "resume.pt"])
 def test_damaged_file_of_a_run(start, runs, tmp_path, name):
     folder = shutil.copytree(runs.killed, tmp_path / "run")
-    contents = []
-    if name == "metrics.json":
-        contents.append(json.dumps(result_of(folder) | {"runs": [{}], "finished": True}).encode())
-    else:
+    contents = [json.dumps(result_of(folder) | {"runs": [{}], "finished": True}).encode()]
+    if name == "resume.pt":
         state = torch.load(folder / name, weights_only=True)
+        contents = [pickle.dumps([], 4)]  # of which torch warns
         for tensors in spoiled(state["tensors"]):
-            stream = BytesIO()
-            torch.save(state | {"tensors": tensors}, stream)
-            contents.append(stream.getvalue())
-        contents.append(pickle.dumps([], 4))  # of which torch warns
+            torch.save(state | {"tensors": tensors}, tmp_path / "spoiled")
+            contents.append((tmp_path / "spoiled").read_bytes())
     check_refused(start, (*runs.words, folder), folder / name, "delete it", *contents)
     (folder / name).unlink()
     start(*runs.words, folder).end()
@@ -258,24 +238,22 @@ def test_folder_belongs_to_its_settings(start, trained, tmp_path, script):
     before = content_of(folder)
     again = start(*words, "--workers 0 --quiet").end()
     assert again == (trained[script].stdout, f"{folder} is finished; --overwrite does it again\n")
-    answer = refused(start, *words, "--epochs 3 --clip 0.05")
-    assert "(epochs 2, not 3; clip 0.0, not 0.05); choose another --output, or add --overwrite" in answer
+    assert "(epochs 2, not 3; clip 0.0, not 0.05); choose" in refused(start, *words, "--epochs 3 --clip 0.05")
     refused(start, *words, "--overwrite --labels nowhere.txt")  # a slip loses nothing
     assert content_of(folder) == before
     start(*words, "--epochs 3 --overwrite").end()
     assert result_of(folder)["config"]["epochs"] == 3
 
 
-@pytest.mark.parametrize("script, option, old, new", [
-    (RP, "texts", "the sun\na moon", "a sun\nthe moon"), (RP, "labels", "sun\nmoon", "moon\nsun"),
-    (SSPA, "descriptions", '{"sun": "The sun is round."}', '{"sun": "The sun is hot."}')])
-def test_changed_file_is_another_setting(start, tmp_path, script, option, old, new):
-    file = tmp_path / "file.txt"
-    words = (script, TINY[script], f"--test-count 20 --epochs 1 --{option}", file, "--output", tmp_path / "run")
-    file.write_text(old)
-    start(*words).end()
-    file.write_text(new)
-    assert f"(content of {option} " in refused(start, *words)
+@pytest.mark.parametrize("script, option", [(adapter_rp, "features"), (adapter_rp, "texts"), (sspa, "labels"),
+                                            (sspa, "descriptions"), (sspa, "checkpoint")])
+def test_changed_file_is_another_setting(tmp_path, script, option):
+    file = tmp_path / "file"
+    settings = []
+    for content in ("old", "new"):
+        file.write_text(content)
+        settings.append(run.settings_of(script.Config(**{option: str(file)})))
+    assert settings[0] != settings[1]
 
 
 @BOTH
@@ -291,10 +269,9 @@ def test_two_at_once_and_ctrl_c(start, tmp_path, script):
     words = (script, LONG[script], "--epochs 9999 --output", tmp_path)
     running = start(*words)
     running.wait_for(in_training, tmp_path)
-    other = start(*words, "--epochs 1 --overwrite", LOCK_SECONDS="0.1")
-    other.process.join()
+    answer = refused(start, *words, "--epochs 1 --overwrite", LOCK_SECONDS="0.1")
+    assert "another run is writing it; wait for it, or choose" in answer
     os.kill(running.process.pid, signal.SIGINT)
-    assert "another run is writing it; wait for it, or choose" in other.end(2)[1]
     assert running.end(130)[1] == f"{script}: interrupted; the same command goes on from what is saved (epochs, " \
         "encoded photos in the cache)\n"
     assert in_training(tmp_path)
@@ -303,8 +280,8 @@ def test_two_at_once_and_ctrl_c(start, tmp_path, script):
 @BOTH
 def test_nowhere_to_write(start, trained, place, tmp_path, script):
     """A full standard output; one that head has closed, which is no mistake; a full disk, and then room again."""
-    run = (script, TINY[script], "--output", trained[script].folder)
-    for words in (run, ("tag.py", trained[script].checkpoint, place / "photos", "--stdout")):
+    again = (script, TINY[script], "--output", trained[script].folder)
+    for words in (again, ("tag.py", trained[script].checkpoint, place / "photos", "--stdout")):
         assert "standard output: No space left on device; free" in start(*words, stdout="/dev/full").end(2)[1]
         assert "Broken" not in start(*words, stdout=None).end()[1]
     words = (script, TINY[script], "--output", tmp_path)
@@ -317,22 +294,20 @@ def test_nowhere_to_write(start, trained, place, tmp_path, script):
 @BOTH
 def test_record(trained, cache, script):
     """Which label has which number is tested in test_sspa.py."""
-    folder = trained[script].folder
-    result = result_of(folder)
-    stdout = trained[script].stdout
+    result = result_of(trained[script].folder)
+    words = f"{TINY[script]} --save-all --output {trained[script].folder} --cpu"
     given = {"dataset": "scenes", "backbone": "scenes", "impl": "fused", "finished": True, "photo_count": 130,
-             "seeds": [0, 1]}
+             "command": f"python {script} --cache {cache} {words}"}
     assert given.items() <= result.items() and f"{result['method']}.py" in script
-    assert [run["seed"] for run in result["runs"]] == [0, 1]
-    found = [run["mAP"] for run in result["runs"]]
-    ap = np.mean([run["ap"] for run in result["runs"]], 0)
-    assert result["mAP"] == pytest.approx(statistics.mean(found)) == ap.mean()
+    assert [one["seed"] for one in result["runs"]] == result["seeds"] == [0, 1]
+    found = [one["mAP"] for one in result["runs"]]
+    ap = np.mean([one["ap"] for one in result["runs"]], 0)
     assert [label["ap"] for label in result["per_class"]] == pytest.approx(ap)
-    assert result["mAP_std"] == pytest.approx(statistics.stdev(found))
-    assert f"{result['mAP']:.2f} ±{result['mAP_std']:.2f}" in stdout and f"{result['zero_shot_mAP']:.2f}" in stdout
-    assert result["command"] == f"python {script} --cache {cache} {TINY[script]} --save-all --output {folder} --cpu"
+    assert [result["mAP"], result["mAP_std"]] == pytest.approx([ap.mean(), statistics.stdev(found)])
+    for part in (f"{result['mAP']:.2f} ±{result['mAP_std']:.2f}", f"{result['zero_shot_mAP']:.2f}"):
+        assert part in trained[script].stdout
     assert re.fullmatch("[0-9a-f]{40}[+]?|unknown", result["commit"]) and 0 < result["seconds"] < 100
-    assert {"versions", "device", "threads", "peak_memory_mib", "config", "linear_probe_mAP"} <= set(result)
+    assert {"versions", "device", "threads", "peak_memory_mib"} <= set(result)
 
 
 @BOTH
@@ -340,41 +315,46 @@ def test_log_and_checkpoints(trained, script):
     """A line an epoch and, with --save-all, a model a seed; the first seed's is the checkpoint."""
     folder = trained[script].folder
     lines = read_lines(folder / "log.jsonl")
-    assert [f"{line['run']}, {line['epoch']}" for line in lines] == ["seed 0, 1", "seed 0, 2", "seed 1, 1", "seed 1, 2"]
+    assert [(line["run"], line["epoch"]) for line in lines] == [*product(["seed 0", "seed 1"], [1, 2])]
     assert all(line["loss"] > 0 and line["seconds"] >= 0 for line in lines) and lines[0]["lr"] > lines[1]["lr"]
-    first = (folder / "checkpoints/seed 0.safetensors").read_bytes()
-    second = (folder / "checkpoints/seed 1.safetensors").read_bytes()
-    assert trained[script].checkpoint.read_bytes() == first != second
+    first, second = sorted((folder / "checkpoints").iterdir())
+    assert trained[script].checkpoint.read_bytes() == first.read_bytes() != second.read_bytes()
 
 
-@pytest.mark.parametrize("script, option, value", [(RP, "--adapter", "linear"), (SSPA, "--temperature", "0.5")])
-def test_checkpoint_scores_as_its_training_did(start, trained, tmp_path, script, option, value):
+@pytest.mark.parametrize("script, option", [(RP, "--adapter linear"), (SSPA, "--temperature 0.5")])
+def test_checkpoint_scores_as_its_training_did(start, trained, tmp_path, script, option):
     words = (script, "--checkpoint", trained[script].checkpoint)
-    stdout, stderr = start(*words, option, value, "--output", tmp_path).end()
+    stdout, stderr = start(*words, option, "--output", tmp_path).end()
     result = result_of(tmp_path)
     first = result_of(trained[script].folder)
     assert result["runs"][0]["ap"] == pytest.approx(first["runs"][0]["ap"], abs=1e-6)
-    assert result["zero_shot_mAP"] == first["zero_shot_mAP"] and f"was made with its own {option} " in stderr
+    assert result["zero_shot_mAP"] == first["zero_shot_mAP"] and f"was made with its own {option[:9]}" in stderr
     assert start(*words).end()[0] == stdout
 
 
 @pytest.mark.parametrize("script, more", [(RP, "--head label-embedding"), (SSPA, "")])
 def test_labels_never_trained_on(start, place, tmp_path, script, more):
-    """Left out, labels are not learnt but scored, by the run and by its checkpoint; new words tag photos."""
+    """Left out, labels are not learnt but scored, by the run and by its checkpoint; so are labels that a checkpoint was
+    never asked for, with its own or alone; new words tag photos."""
     words = (script, TINY[script], more, "--output")
     checkpoint = tmp_path / "run/checkpoint.safetensors"
+    of_seen = tmp_path / "seen/checkpoint.safetensors"
     start(*words, tmp_path / "seen", "--labels", place / "seen.txt").end()
     stdout, _ = start(*words, tmp_path / "run", "--unseen cup ball").end()
-    learnt = load_file(tmp_path / "seen/checkpoint.safetensors")
     # texts of other lengths beside them: other rounding
-    torch.testing.assert_close(load_file(checkpoint), learnt, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(load_file(checkpoint), load_file(of_seen), atol=1e-5, rtol=1e-4)
     result = result_of(tmp_path / "run")
-    new = [label for label in result["per_class"] if not label["trained"]]
-    assert [label["name"] for label in new] == ["cup", "ball"]
+    new = [label["ap"] for label in result["per_class"][-2:]]
     assert result["linear_probe_mAP"] is None  # which would learn them
-    assert f"2 labels never trained on: mAP {statistics.mean(label['ap'] for label in new):.2f}, zero-shot" in stdout
-    start(script, "--output", tmp_path / "again", "--checkpoint", checkpoint).end()
-    assert result_of(tmp_path / "again")["runs"][0]["ap"] == pytest.approx(result["runs"][0]["ap"], abs=1e-4)
+    assert f"2 labels never trained on: mAP {np.mean(new):.2f}, zero-shot" in stdout
+    others = "--dataset scenes --test-count 130"
+    for path, words in ((checkpoint, ""), (of_seen, others)):
+        start(script, words, "--output", path.with_name("again"), "--checkpoint", path).end()
+        again = result_of(path.with_name("again"))
+        assert [label["trained"] for label in again["per_class"]] == 16 * [True] + 2 * [False]
+        assert again["runs"][0]["ap"] == pytest.approx(result["runs"][0]["ap"], abs=0.1)
+    stdout, _ = start(script, others, "--labels", place / "new.txt", "--checkpoint", checkpoint).end()
+    assert "2 labels never trained on" in stdout and "labels trained on" not in stdout and "nan" not in stdout
     stdout, stderr = start("tag.py", checkpoint, place / "photos", "--stdout --labels", place / "foreign.txt").end()
     assert [set(json.loads(line)["probabilities"]) for line in stdout.splitlines()] == 3 * [{"cup", "zebra"}]
     assert ("never trained on cup, zebra" in stderr) == (script == SSPA)
@@ -408,9 +388,8 @@ def test_one_of_two_processes_fails(start, trained, place, tmp_path, bad):
     of_each = [words, words]
     of_each[bad] = (*words, "--threshold", tmp_path / "few.json")
     processes = start_processes(start, *of_each)
-    why = processes[bad].end(2)[1].splitlines()[-1]
-    assert why.startswith(f"tag.py: process {bad} of 2: --threshold: the file has no number for 'moon'")
-    assert f"tag.py: process {1 - bad} of 2: another process has ended" in processes[1 - bad].end(2)[1]
+    for rank, why in ((bad, "--threshold: the file has no number for 'moon'"), (1 - bad, "another process has ended")):
+        assert f"tag.py: process {rank} of 2: {why}" in processes[rank].end(2)[1]
 
 
 def test_more_processes_than_photos(start, trained, place, tmp_path):
@@ -435,27 +414,19 @@ def test_torchrun(place, tmp_path):
     assert "tag.py: process 0 of 2: checkpoint nowhere: no such file; pass a" in done.stderr
 
 
-@pytest.mark.parametrize("script, words", [("llm_text.py", "sentences --count 9 --labels labels.txt --report"),
-                                           ("datasets.py", "--check folder --data-root .")])
-def test_labels_of_any_script_into_any_pipe(tmp_path, script, words):
+@pytest.mark.parametrize("words", ["llm_text.py sentences --count 9 --labels labels.txt --report",
+                                   "datasets.py --check folder --data-root ."])
+def test_labels_of_any_script_into_any_pipe(tmp_path, words):
     """forked.py does likewise with the methods. A photo that is named by any bytes is named on stderr."""
     name = os.fsdecode(b"caf\xe9 \xff.png")
     (tmp_path / "labels.txt").write_text("größe\n日本", "utf-8")
-    (tmp_path / "labels.csv").write_bytes("file,größe,日本,split\na.png,1,0,train\n名.png,0,1,test\n".encode())
+    (tmp_path / "labels.csv").write_text("file,größe,日本,split\na.png,1,0,train\n名.png,0,1,test\n", "utf-8")
     for photo in ("a.png", "名.png", name):
         (tmp_path / photo).touch()
-    done = subprocess.run([sys.executable, REPOSITORY / script, *words.split()], cwd=tmp_path, capture_output=True,
+    done = subprocess.run(f"{sys.executable} {REPOSITORY}/{words}".split(), cwd=tmp_path, capture_output=True,
                           env={**os.environ, "PYTHONIOENCODING": "ascii"}, encoding="utf-8")
     assert "größe" in done.stdout and "日本" in done.stdout and "Traceback" not in done.stderr
-    assert script == "llm_text.py" or "名.png cannot be read" in done.stderr and "\\udcff.png)" in done.stderr
-
-
-def test_running_options(start, tmp_path):
-    """Workers and cache change no number."""
-    words = (SSPA, FEW, "--tune-image full --batch-size 8 --output")
-    start(*words, tmp_path / "one", "--workers 0").end()
-    start(*words, tmp_path / "two", "--workers 3 --cache", tmp_path / "cache").end()
-    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    assert "llm" in words or "名.png cannot be read" in done.stderr and "\\udcff.png)" in done.stderr
 
 
 @pytest.mark.parametrize("quiet", ["", "--quiet"])

@@ -31,9 +31,8 @@ DESCRIBED = Path("d.json")
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
+def folder(own_folder, monkeypatch):
     """Every test runs in a folder of its own with a label file, with a key and without a proxy."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-many-letters")
     Path("w.txt").write_text("dog\ncat\ntable\nboat\n")
@@ -119,37 +118,67 @@ def test_clean(written, found):
     assert llm_text.clean("Dog is an animal. It is oft", cut=True) == ["Dog is an animal."]
 
 
-@pytest.mark.parametrize("outcome, texts", [
-    ("lacks a label: dog", "A hot dog on a plate with mustard.|A dogma of the church in town."),
-    ("negation", "A dog and nothing else in here.|A street free of any dog or cat.|A dog isn't there."),
-    ("chatter", "I am unable to see a dog in the picture|The user wants dogs|1 A dog on the mat.||"
-                'A dog in the park", "a dog on the road|Sure, two pictures of a dog.|A dog in the sun: nice.|'
-                "Here is a list with a dog in it.|Labels dog and cat.|Is the dog in the sun?|, a dog in bed|"
-                '["A dog on the mat.", "A cat too."]|A dog on the mat of the sentence.'),
-    ("length: 3 words", "A dog is."), ("length: 43 words", "A dog " + "very " * 40 + "near."),
-    ("unfinished", "A dog and a cat with the|A dog and a cat with the.|A dog and a cat sit in..."),
-    ("repeats itself", "dog dog dog dog a dog dog dog"),
-    ("not English",
-     "Der Hund dog steht im Garten|A dog под the table|Der dog liegt in der Sonne|Dog chases cat now"),
-    ("duplicate", "A black keyboard beside a small grey mouse under a lamp.|"  # the prompt's own example
-                  "a bus stands on the old, red stone bridge"),
-    ("near-duplicate", "A bus stands on the old red brick bridge."),  # 8 of 10 words
-    ("bus", "A bus stands on the new blue bridge."),
-    ("dog", "A dog stands on the old red stone bridge.|Dogs run across green fields.|The manes of animals with a dog."
-            "|A dog in bed.|A dog runs over the wet grass near an old stone bridge while two tall riders on horses "
-            "slowly follow several narrow muddy paths along the quiet river toward some small village under dark "
-            "heavy clouds before night finally falls."),  # 4 words; 40
-    ("dog, person, bus", "Two women pat the dogs at the bus stop."),  # those not asked for are recorded
-    ("dog, dining table", "A dog sleeps under the table."), ("person", "The man sells a jar with a label."),
-    ("caption", "A caption on a jar of jam."),  # a label's words are free
-    ("🐶", "A 🐶 runs on the grass."), ("cafe\u0301", "A café in the sun."), ("glasses", "Glasses in the sun.")])
-def test_check(outcome, texts):
+# why not, or the labels that are recorded, those not asked for, too | text
+CHECKED = """
+lacks a label: dog | A hot dog on a plate with mustard.
+lacks a label: dog | A dogma of the church in town.
+negation | A dog and nothing else in here.
+negation | A street free of any dog or cat.
+negation | A dog isn't there.
+chatter | I am unable to see a dog in the picture
+chatter | The user wants dogs
+chatter | 1 A dog on the mat.
+chatter | A dog in the park", "a dog on the road
+chatter | Sure, two pictures of a dog.
+chatter | A dog in the sun: nice.
+chatter | Here is a list with a dog in it.
+chatter | Labels dog and cat.
+chatter | Is the dog in the sun?
+chatter | , a dog in bed
+chatter | ["A dog on the mat.", "A cat too."]
+chatter | A dog on the mat of the sentence.
+length: 3 words | A dog is.
+length: 43 words | A dog very very very very very very very very very very very very very very very very very very \
+very very very very very very very very very very very very very very very very very very very very very very near.
+unfinished | A dog and a cat with the
+unfinished | A dog and a cat with the.
+unfinished | A dog and a cat sit in...
+repeats itself | dog dog dog dog a dog dog dog
+not English | Der Hund dog steht im Garten
+not English | A dog под the table
+not English | Der dog liegt in der Sonne
+not English | Dog chases cat now
+duplicate | A black keyboard beside a small grey mouse under a lamp.
+duplicate | a bus stands on the old, red stone bridge
+near-duplicate | A bus stands on the old red brick bridge.
+bus | A bus stands on the new blue bridge.
+dog | A dog stands on the old red stone bridge.
+dog | Dogs run across green fields.
+dog | The manes of animals with a dog.
+dog | A dog in bed.
+dog | A dog runs over the wet grass near an old stone bridge while two tall riders on horses slowly follow several \
+narrow muddy paths along the quiet river toward some small village under dark heavy clouds before night finally falls.
+dog, person, bus | Two women pat the dogs at the bus stop.
+dog, dining table | A dog sleeps under the table.
+person | The man sells a jar with a label.
+caption | A caption on a jar of jam.
+🐶 | A 🐶 runs on the grass.
+cafe\u0301 | A café in the sun.
+glasses | Glasses in the sun.
+"""
+
+
+@pytest.mark.parametrize("row", CHECKED.strip().splitlines())
+def test_check(row):
+    """A duplicate of the prompt's own example, or of what was kept, of which a near one has 8 of 10 words; 4 words and
+    40; a label's words are free."""
+    outcome, text = row.split(" | ")
     check, remember = llm_text.sentence_checker(NAMES, SYNONYMS)
     remember("A bus stands on the old red stone bridge.", [4])
-    for text in texts.split("|"):
-        asked = [0] if "dog" in text.lower() else []
-        columns, why = check(text, asked)
-        assert (why or ", ".join(NAMES[column] for column in columns)) == outcome
+    asked = [0] if "dog" in text.lower() else []
+    columns, why = check(text, asked)
+    assert (why or ", ".join(NAMES[column] for column in columns)) == outcome
+    assert check("", [0])[1] == "chatter"
 
 
 # --- the server -------------------------------------------------------------------------------------------------------
@@ -291,17 +320,28 @@ def test_interrupted_and_two_at_once(fails):
             assert running.wait(0.9) == 130
 
 
-@pytest.mark.parametrize("argv, said", [
-    ("sentences --out t.txt", "must end in .jsonl"),
-    ("sentences --count 0", "no such file"), ("sentences --synonyms wolf", "'wolf' does not fit"),
-    ("sentences --synonyms dog", "the form is"), ("sentences --words 9 3", "must not be"),
-    ("sentences --temperature nan", "--temperature"), ("sentences --llm ftp://x", "must be template"),
-    ("sentences --llm http://host:x/v1", "Invalid port"), ("descriptions", "a grammar knows nothing"),
-    ("sentences --retries 0 --llm http://me:secret@127.0.0.1:9/v1", "--llm 127.0.0.1:9: Connection error"),
-    ("sentences --retries 0 --llm openai", "api.test: Connection error"),
-    ("sentences --out own.jsonl", "not made by this command"), ("sentences --out bad.jsonl", "move it away"),
-    ("descriptions --out odd.json --llm http://host/v1 --model tiny", "move it away")])
-def test_mistakes(fails, monkeypatch, argv, said):
+# command | what the answer must hold
+MISTAKES = """
+sentences --out t.txt | must end in .jsonl
+sentences --count 0 | no such file
+sentences --synonyms wolf | 'wolf' does not fit
+sentences --synonyms dog | the form is
+sentences --words 9 3 | must not be
+sentences --temperature nan | --temperature
+sentences --llm ftp://x | must be template
+sentences --llm http://host:x/v1 | Invalid port
+descriptions | a grammar knows nothing
+sentences --retries 0 --llm http://me:secret@127.0.0.1:9/v1 | --llm 127.0.0.1:9: Connection error
+sentences --retries 0 --llm openai | api.test: Connection error
+sentences --out own.jsonl | not made by this command
+sentences --out bad.jsonl | move it away
+descriptions --out odd.json --llm http://host/v1 --model tiny | move it away
+"""
+
+
+@pytest.mark.parametrize("row", MISTAKES.strip().splitlines())
+def test_mistakes(fails, monkeypatch, row):
+    argv, said = row.split(" | ")
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://api.test/v1")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
+from forked import SSPA
 from PIL import Image
 
 import data
@@ -33,12 +34,10 @@ def test_boxes_in_the_square_that_clip_sees():
         [3, 0.1, 0.1, 0.5, 0.5, 1],
         [4, 0, 0, 0.1, 1, 0],
     ])
-    seen, kept = datasets.in_view(boxes, (200, 100))
-    assert kept.tolist() == [True, True, False]
-    np.testing.assert_allclose(seen, expected)
-    turned = [0, 2, 1, 4, 3, 5]
-    seen, _ = datasets.in_view(boxes[:, turned], (100, 200))
-    np.testing.assert_allclose(seen, expected[:, turned])
+    for order, size in (([0, 1, 2, 3, 4, 5], (200, 100)), ([0, 2, 1, 4, 3, 5], (100, 200))):
+        seen, kept = datasets.in_view(boxes[:, order], size)
+        assert kept.tolist() == [True, True, False]
+        np.testing.assert_allclose(seen, expected[:, order])
 
 
 def test_boxes_of_a_scene_and_of_its_file(tmp_path, command):
@@ -56,10 +55,8 @@ def test_boxes_of_real_photos(shared):
     photo = voc / "JPEGImages/000001.jpg"
     boxes, size = datasets.boxes_of(photo, ["person", "dog"])
     assert size == Image.open(photo).size
-    xml = (voc / "Annotations/000001.xml").read_text()
-    corners = re.findall(r"<[xy]m(?:in|ax)>(\d+)<", xml)
-    corners = np.array(corners, int).reshape(-1, 4)
-    np.testing.assert_array_equal(boxes[:, 1:5], corners - [1, 1, 0, 0])
+    corners = re.findall(r"<[xy]m(?:in|ax)>(\d+)<", (voc / "Annotations/000001.xml").read_text())
+    np.testing.assert_array_equal(boxes[:, 1:5], np.array(corners, int).reshape(-1, 4) - [1, 1, 0, 0])
 
     coco = shared / "coco_mini"
     content = data.read_json(coco / "annotations/instances_val2017.json", "boxes")
@@ -68,10 +65,8 @@ def test_boxes_of_real_photos(shared):
         assert size == (entry["width"], entry["height"])
         own = [one for one in content["annotations"] if one["image_id"] == entry["id"]]
         for box, one in zip(boxes, own, strict=True):
-            left, top, width, height = one["bbox"]
-            assert box[1:3] == pytest.approx([left, top])
-            assert box[3:5] == pytest.approx([left + width, top + height])
-            assert box[5] == 1 - one["iscrowd"]
+            corner = np.array(one["bbox"][:2])
+            assert box[1:] == pytest.approx([*corner, *corner + one["bbox"][2:], 1 - one["iscrowd"]])
     assert datasets.boxes_of(REPOSITORY / "assets/sspa_miss.png", ["person"]) is None
 
 
@@ -86,14 +81,12 @@ def test_the_rule_by_hand():
     assert near[[40, 12], [35, 20]].all()
     assert not near[[40, 11, 12], [36, 20, 12]].any()  # the last: round corners
 
-    def judged(maps):
-        count = len(maps)
-        return localize.judged(maps.flatten(1), marks[None].repeat(count, 0), near[None].repeat(count, 0)).T
+    targets = (np.stack(3 * [marks]), np.stack(3 * [near]))
     heat = torch.full((3, 64, 64), 0.5)
     heat[0, 20, 20] = 1
     heat[1, 40, 35] = 1
     heat[2, [20, 60], [20, 60]] = 1
-    hits, ap = judged(heat)
+    hits, ap = localize.judged(heat.flatten(1), *targets).T
     assert hits.tolist() == [1, 1, 0.5]  # in the box; near it; one of two highest points
     share = 16 * 32 / (marks >= 0).sum()
     assert ap[0] == pytest.approx((1 + 511 * share) / 512)  # one point found first, all others at once
@@ -101,7 +94,7 @@ def test_the_rule_by_hand():
     regions = torch.zeros(3, 8, 8)
     regions[0, 5, 2] = 1
     regions[1, 1, 1] = 1
-    hits, ap = judged(regions)
+    hits, ap = localize.judged(regions.flatten(1), *targets).T
     assert hits == pytest.approx([1, 0, near.mean()])  # a region in the box; beyond its corner; all alike
     assert ap[2] == pytest.approx(share)
 
@@ -117,17 +110,9 @@ def test_summary_by_hand():
 
 
 # --- maps -------------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def models(command, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    words = "--tune-image none --train-count 60 --test-count 40 --epochs 2 --seed 0 1 --no-gate --save-all --output"
-    command("sspa.py", *words.split(), folder)
-    return folder / "checkpoints"
-
-
-def test_maps_are_the_models_own(models):
+def test_maps_are_the_models_own(trained):
     """Attentions sum to one; DSF's, T_fn and X_fn are forward's; the gradient is the logit's slope along a region"""
-    tagger = tag.load(models / "seed 0.safetensors").tagger
+    tagger = tag.load(trained[SSPA].checkpoint).tagger
     model = tagger.model
     images = torch.stack([embed.load_photo(tagger.clip, ("test", row)) for row in range(4)])
     with torch.no_grad():
@@ -139,9 +124,7 @@ def test_maps_are_the_models_own(models):
     *_, zero_shot, filtering, similarity, s_to_v, v_to_s, gradient = (m.view(4, 18, -1) for m in maps.values())
     X = F.normalize(X, dim=-1)
     cosine = F.normalize(said.label_features, dim=-1) @ F.normalize(said.region_features, dim=-1).mT
-    torch.testing.assert_close(zero_shot, X[..., :18].mT)
-    torch.testing.assert_close(filtering, said.filtering)
-    torch.testing.assert_close(similarity, cosine)
+    torch.testing.assert_close([zero_shot, filtering, similarity], [X[..., :18].mT, said.filtering, cosine])
     torch.testing.assert_close(s_to_v.sum(1), torch.ones(4, 64))
     torch.testing.assert_close(v_to_s.sum(2), torch.ones(4, 18))
 
@@ -153,17 +136,18 @@ def test_maps_are_the_models_own(models):
     torch.testing.assert_close(gradient[2, 5], slope[2, :, 0])
 
 
-def test_the_command_line(models, command, tmp_path):
+def test_the_command_line(trained, command, tmp_path):
     """A folder of models: seeds averaged; photos of median score; what is missing is named."""
     words = ["--test-count", "40", "--cpu", "--output", "maps", "--checkpoint"]
-    stdout = command("experiments/localize.py", *words, models, cwd=tmp_path).stdout
+    stdout = command("experiments/localize.py", *words, trained[SSPA].folder / "checkpoints", cwd=tmp_path).stdout
     found = data.read_json(tmp_path / "maps/localize.json", "maps")["models"]
     assert [one["seed"] for one in found] == [0, 1]
-    assert [one["title"] for one in found] == ["SSPA --no-gate"] * 2
+    assert localize.title_of(sspa.Config(no_gate=True, fusion="sum")) == "SSPA --fusion sum --no-gate"
     hits = [one["maps"]["similarity after GDMA"]["pointing"] for one in found]
     row = rf"similarity after GDMA +{np.mean(hits):.1f} ±{np.std(hits, ddof=1):.1f} "
-    assert re.search(rf"SSPA --no-gate: scenes, 40 photos, \d+ things.*\n\n.*\n(.*\n)+{row}", stdout)
+    assert re.search(rf"SSPA: scenes, 40 photos, \d+ things.*\n\n.*\n(.*\n)+{row}", stdout)
     photos = data.load_photos("scenes", None, "test", 40)
     assert found[0]["asked"] == photos.labels.sum()
     assert re.fullmatch(r"\('test', \d+\)", found[0]["examples"]["median"])
-    assert "no such file" in command("experiments/localize.py", *words, tmp_path / "none", expect=2).stderr
+    with pytest.raises(data.UsageError, match="no such file"):
+        localize.main([*words, "none"])

@@ -3,7 +3,6 @@ For both methods: which label belongs to which photo; every option and every mar
 import inspect
 import json
 import re
-import shutil
 import sys
 import types
 from contextlib import contextmanager
@@ -36,33 +35,31 @@ def config_of(words=""):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def files(place, tmp_path_factory):
+def files(place):
     """What options point at; and open_clip learns a tiny ResNet with random weights. Folders of drawn pictures: a; b;
     broken, which is a with two more that are no pictures. Every second one is for training (in b: by its seed)."""
-    folder = shutil.copytree(place, tmp_path_factory.mktemp("files") / "copied")
     for name, photos, last in (("a", range(20), "split"), ("b", range(30, 50), ""), ("broken", range(-2, 20), "split")):
-        (folder / name).mkdir()
+        (place / name).mkdir()
         lines = [f"file,sun,boat,{last}"]
         for photo in photos:
-            file = folder / name / f"{photo}.png"
+            file = place / name / f"{photo}.png"
             file.write_text("no picture")
             if photo >= 0:
                 scenes.picture("test", photo)[0].save(file)
             lines.append(f"{photo}.png,{photo // 2 % 2},{photo % 3 % 2},{('train', 'test')[photo % 2]}")
-        (folder / name / "labels.csv").write_text("\n".join(lines))
-    (folder / "swapped.txt").write_text("tree\nbus\ndog\ncat")
-    (folder / "texts.txt").write_text("\n".join(3 * scenes.NAMES))
-    (folder / "descriptions.json").write_text(json.dumps(dict.fromkeys(scenes.NAMES, "It is drawn.")))
+        (place / name / "labels.csv").write_text("\n".join(lines))
+    (place / "swapped.txt").write_text("tree\nbus\ndog\ncat")
+    (place / "texts.txt").write_text("\n".join(3 * scenes.NAMES))
+    (place / "descriptions.json").write_text(json.dumps(dict.fromkeys(scenes.NAMES, "It is drawn.")))
     tower = {"image_size": 128, "layers": [1, 1, 1, 1], "width": 8}
-    (folder / "tiny.json").write_text(json.dumps({**scenes.CLIP_CONFIG, "vision_cfg": tower}))
-    embed.import_open_clip().add_model_config(folder / "tiny.json")
-    return folder
+    (place / "tiny.json").write_text(json.dumps({**scenes.CLIP_CONFIG, "vision_cfg": tower}))
+    embed.import_open_clip().add_model_config(place / "tiny.json")
+    return place
 
 
 # --- image encoder, KAP -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("backbone, resolution, side", [("scenes", 96, 12), ("scenes", 224, 28), ("tiny", 224, 7),
-                                                        ("tiny", 448, 14)])
+@pytest.mark.parametrize("backbone, resolution, side", [("scenes", 96, 12), ("tiny", 224, 7), ("tiny", 448, 14)])
 def test_x0_is_encode_image_and_a_patch_is_seen_where_it_is(backbone, resolution, side):
     """A dark patch high up at the right: mirrored, flipped or transposed it is elsewhere. Its region changes most."""
     clip = embed.load_clip(backbone, "none", resolution=resolution)
@@ -140,10 +137,11 @@ def test_asymmetric_loss_fused_equals_reference(monkeypatch, exponents):
                                   adapter_rp.asymmetric_loss_reference])
 def test_loss_refuses_odd_targets_and_sums_half_precision(loss):
     logits = torch.full((512, 1000), 3.0)
-    for odd in (logits, torch.ones(2).int()):
+    absent = logits < 0
+    for odd in (logits, absent[0]):
         with pytest.raises(ValueError, match="targets must be integers or bool"):
-            loss(odd.float(), odd)
-    torch.testing.assert_close(loss(logits.half(), logits < 0), loss(logits, logits < 0), rtol=1e-4, atol=0)
+            loss(logits, odd)
+    torch.testing.assert_close(loss(logits.half(), absent), loss(logits, absent), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("alive", [1, 20, 200, 2 ** 18])
@@ -217,8 +215,7 @@ def test_forward_is_the_figure(clip64):
     X_fn, region_gate = model.s_to_v(X, T_uf)
     s_G = model.global_log_scale.exp() * x0 @ T_g.T + model.global_bias
     s_R = sspa.soft_aggregate_reference(T_fn, X_fn, 0.1, model.regional_log_scale.exp()) + model.regional_bias
-    expected = (s_G, s_R, T_uf, T_fn, X_fn, attention, label_gate, region_gate)
-    torch.testing.assert_close(model(X0, REGIONS), expected)
+    torch.testing.assert_close(model(X0, REGIONS), (s_G, s_R, T_uf, T_fn, X_fn, attention, label_gate, region_gate))
 
 
 @pytest.mark.parametrize("words", [
@@ -254,13 +251,12 @@ def test_what_learns_and_how_fast():
     clip = embed.load_clip()
     config = config_of("--tune-image full --prompt-lr 0.003")
     model = sspa.SSPA(config, clip.model, sspa.labels_of(config, clip, ["sun"]), 0)
-    peaks = {}
+    found = {}
     for group in sspa.optimiser_of(config, model).param_groups:
-        assert group["weight_decay"] == sspa.WEIGHT_DECAY
-        peaks |= dict.fromkeys(group["params"], group["peak"])
-    own = set(model.parameters()) - set(clip.model.parameters())
-    expected = dict.fromkeys(clip.model.visual.parameters(), 6e-3 * 0.1) | dict.fromkeys(own, 6e-3)
-    assert peaks == expected | {model.contexts: 0.003}
+        found |= dict.fromkeys(group["params"], [group["peak"], group["weight_decay"]])
+    peaks = dict.fromkeys(set(model.parameters()) - set(clip.model.parameters()), 6e-3)
+    peaks |= dict.fromkeys(clip.model.visual.parameters(), 6e-3 * 0.1) | {model.contexts: 0.003}
+    assert found == {parameter: [peak, sspa.WEIGHT_DECAY] for parameter, peak in peaks.items()}
 
 
 def loaded(clip, words, count):
@@ -299,10 +295,9 @@ def test_every_epoch_has_its_own_order_and_crops(cache, tmp_path):
         for seed in (0, 1):
             sspa.train(config, clip, labels, photos, seed, tmp_path)
     calls = [call.args for call in decoded.call_args_list if call.args[4]]  # without those of set_biases
-    assert [call[4] for call in calls] == list(product((0, 1), (0, 1), (0.5,)))
-    orders = torch.tensor([call[2] for call in calls]).flatten(1)
-    assert len(orders.unique(dim=0)) == 4
-    assert (orders.sort().values == torch.arange(8)).all()
+    assert [call[4] for call in calls] == [*product((0, 1), (0, 1), (0.5,))]
+    orders = [tuple(torch.tensor(call[2]).flatten().tolist()) for call in calls]
+    assert len(set(orders)) == 4 and all(sorted(order) == [*range(8)] for order in orders)
 
 
 def test_every_seed_starts_from_the_same_tower(cache):
@@ -311,9 +306,9 @@ def test_every_seed_starts_from_the_same_tower(cache):
 
 
 def test_a_thousand_pictures_beat_zero_shot(cache):
-    """Three seeds. Measured: 62.7 to 63.1, zero-shot 61.8; regional branch 47.2 to 53.6, untrained 15.2."""
+    """Two seeds. Measured: 62.7 to 63.1, zero-shot 61.8; regional branch 47.2 to 53.6, untrained 15.2."""
     words = f"--tune-image none --train-count 1000 --test-count 400 --batch-size 16 --epochs 4 --cache {cache}"
-    found = outcome(sspa, f"{words} --seed 0 1 2 --no-probe")
+    found = outcome(sspa, f"{words} --seed 0 1 --no-probe")
     for one in found["runs"]:
         assert one["mAP"] > found["zero_shot_mAP"] + 0.6
         assert one["mAP_regional"] > 40
@@ -336,14 +331,14 @@ def test_a_photo_that_cannot_be_read_changes_nothing(files, cache, script):
 def test_zero_shot_and_the_order_of_labels(files, cache, script):
     """A label's AP by the cosine with "a photo of a {name}.", and its count, wherever --labels puts it."""
     clip = load_once()
-    photos, labels = data.load_photos("scenes", None, "test", 40)
-    images = unit(clip.model.encode_image(torch.stack([embed.load_photo(clip, photo) for photo in photos])))
+    photos, truth = data.load_photos("scenes", None, "test", 40)
+    images = unit(embed.embed_photos(clip, photos, cache)[0])
+    prompts = unit(embed.embed_texts(clip, [f"a photo of a {name}." for name in scenes.NAMES]))
+    ap = metrics.average_precision((images @ prompts.T).numpy(), truth)
+    expected = {name: (truth[:, row].sum(), 100 * ap[row]) for row, name in enumerate(scenes.NAMES)}
     words = f"{USUAL[script]} --dataset scenes --labels {files}/reversed.txt --cache {cache}"
     for one in outcome(script, words)["per_class"]:
-        truth = labels[:, [scenes.NAMES.index(one["name"])]]
-        prompt = unit(embed.embed_texts(clip, [f"a photo of a {one['name']}."]))
-        ap = metrics.average_precision((images @ prompt.T).detach().numpy(), truth)
-        assert [one["positives"], one["zero_shot_ap"]] == pytest.approx([truth.sum(), 100 * ap[0]])
+        assert (one["positives"], one["zero_shot_ap"]) == pytest.approx(expected[one["name"]])
 
 
 def test_features_in_the_order_of_labels(files):
@@ -376,13 +371,12 @@ def test_curve_chooses_on_a_fifth_of_the_training_pictures(cache, tmp_path, monk
 
 @pytest.fixture
 def call(monkeypatch, cache, tmp_path):
-    """call(script, "words") -> the folder of that run, in this process"""
+    """call(script, "words"): a run in tmp_path, in this process"""
     monkeypatch.setattr(embed, "load_clip", load_once)
     monkeypatch.setattr(data, "hold", lambda *_: None)  # this process has it already
 
-    def run_in(script, words, folder=tmp_path):
-        script.main([*words.split(), "--cpu", "--quiet", "--workers", "0", "--cache", cache, "--output", str(folder)])
-        return folder
+    def run_in(script, words):
+        script.main([*words.split(), "--cpu", "--quiet", "--workers", "0", "--cache", cache, "--output", str(tmp_path)])
     return run_in
 
 
@@ -395,38 +389,34 @@ def interrupted(epoch):
 
 
 @pytest.mark.parametrize("script", USUAL)
-def test_scores_are_kept(call, script):
+def test_scores_are_kept(call, tmp_path, script):
     """Interrupted in the second seed: afterwards every mAP of metrics.json can be had from the file, the first one's,
-    too."""
+    too. A damaged file is refused before training; --overwrite leaves none."""
     words = f"{USUAL[script]} --seed 0 1"
     with interrupted(2):
         call(script, words)
-    folder = call(script, words)
-    scores = load_file(folder / "scores.safetensors")
+    file = tmp_path / "scores.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(b"no scores")
+    with pytest.raises(data.UsageError, match=f"scores {file}: .*; delete it"):
+        call(script, words)
+    file.write_bytes(good)
+    call(script, words)
+    scores = load_file(file)
     truth = scores.pop("truth")
     assert truth.dtype == torch.int8 and {tensor.dtype for tensor in scores.values()} == {torch.float32}
-    record = result_of(folder)
+    record = result_of(tmp_path)
     expected = {f"seed {one['seed']}": one["mAP"] for one in record["runs"]}
     for name in ("zero_shot", "zero_shot_centred", "linear_probe"):
         expected[name] = record[f"{name}_mAP"]
     found = {name: metrics.mean_average_precision(tensor.numpy(), truth.numpy()) for name, tensor in scores.items()}
     assert found == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.parametrize("script", USUAL)
-def test_damaged_scores_are_refused_before_training(call, tmp_path, script):
-    words = f"{USUAL[script]} --seed 0 1"
-    with interrupted(2):
-        call(script, words)
-    (tmp_path / "scores.safetensors").write_bytes(b"no scores")
-    with pytest.raises(data.UsageError, match=f"scores {tmp_path}/scores.safetensors: .*; delete it"):
-        call(script, words)
     with interrupted(0):
         call(script, f"{words} --overwrite")
-    assert not (tmp_path / "scores.safetensors").exists()
+    assert not file.exists()
 
 
-@pytest.mark.parametrize("count, epochs", [(1, 150), (64, 150), (128, 75), (500, 22), (512, 20), (20_000, 20)])
+@pytest.mark.parametrize("count, epochs", [(1, 150), (127, 150), (500, 22), (512, 20)])
 def test_few_photos_get_more_epochs(count, epochs):
     """22 epochs of 7 steps are the fewest of at least 150."""
     assert sspa.default_epochs(count, 64) == epochs
@@ -447,20 +437,6 @@ def test_default_epochs_are_recorded_and_gone_on_with(call, tmp_path):
         call(sspa, f"{few} --epochs 3 --overwrite")
     with pytest.raises(data.UsageError, match=r"\(epochs 3, not 150\)"):
         call(sspa, few)
-
-
-@pytest.mark.parametrize("script, more", [(adapter_rp, "--head label-embedding"), (sspa, "")])
-def test_a_checkpoint_knows_what_it_was_trained_on(files, call, tmp_path, capsys, script, more):
-    """Scored on other labels beside its own, and on others alone."""
-    (tmp_path / "others.txt").write_text("cup\nball")
-    call(script, f"{USUAL[script]} {more} --labels {files}/few.txt --dataset scenes", tmp_path / "run")
-    words = f"--checkpoint {tmp_path}/run/checkpoint.safetensors --dataset scenes --test-count 40"
-    record = result_of(call(script, words, tmp_path / "all"))
-    assert [label["name"] for label in record["per_class"] if label["trained"]] == ["sun", "moon"]
-    assert re.search("2 labels trained on.*\n.*16 labels never trained on", capsys.readouterr().out)
-    call(script, f"{words} --labels {tmp_path}/others.txt", tmp_path / "others")
-    stdout = capsys.readouterr().out
-    assert "2 labels never trained on" in stdout and "labels trained on" not in stdout and "nan" not in stdout
 
 
 # --- both methods: options and marked constants -----------------------------------------------------------------------
