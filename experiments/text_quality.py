@@ -23,7 +23,6 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-import tables
 
 import data
 import embed
@@ -124,6 +123,20 @@ def rows_of(pools, size, seed):
     return chosen
 
 
+def draw(curves, zero_shot, path):
+    """curves: {name: {number of texts: [mean, deviation]}}"""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4), dpi=110)
+    axes = figure.subplots()
+    for name, points in curves.items():
+        mean, deviation = np.transpose(list(points.values()))
+        axes.errorbar(list(points), mean, deviation, marker="o", markersize=4, capsize=2, label=name)
+    axes.axhline(zero_shot, color="grey", label="zero-shot")
+    axes.set(title="mAP against the number of training texts", xscale="log")
+    axes.legend(fontsize=7)
+    figure.savefig(path, bbox_inches="tight")
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("--features", "--texts", "--output"):
@@ -168,10 +181,7 @@ def main(argv):
     data.write_json(options.output / "text_quality.json", {
         "zero_shot_mAP": zero_shot, "seeds": options.seed, "sources": list(pools), "rows": table})
     if find_spec("matplotlib"):
-        rows = [[label, *(points.get(size, "") for size in sizes)] for label, points in curves.items()]
-        rows.append(["zero-shot", *([zero_shot, None] for _ in sizes)])
-        tables.draw(tables.Table("mAP against the number of training texts", sizes, rows),
-                    options.output / "text_quality.png")
+        draw(curves, zero_shot, options.output / "text_quality.png")
 
 
 if __name__ == "__main__":
