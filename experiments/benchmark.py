@@ -30,7 +30,6 @@ import numpy as np
 import tables
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -79,15 +78,6 @@ def peak_mib(function):
     events.sort(key=lambda event: event.start_ns())
     held = np.cumsum([event.nbytes() for event in events])
     return held.max(initial=0) / 2 ** 20
-
-
-def multiplications(function):
-    """Those of a call's matrix products, counted from their shapes"""
-    flop_registry[torch.ops.aten.addmm_] = flop_registry[torch.ops.aten.addmm]  # a product, too, which is not known
-    counter = FlopCounterMode(display=False)
-    with counter:
-        function()
-    return counter.get_total_flops() / 2
 
 
 class Bench:
@@ -222,8 +212,7 @@ def prompt_tuning(bench):
         adapter = adapter_step(texts, labels, "fused")
         prompts_ms, adapter_ms = interleave([prompts, adapter], bench.seconds)
         bench.add("Prompt tuning", f"C={classes}", {
-            "reference_ms": prompts_ms, "fused_ms": adapter_ms, "ratio": prompts_ms / adapter_ms,
-            "multiplications_reference": multiplications(prompts), "multiplications_fused": multiplications(adapter)})
+            "reference_ms": prompts_ms, "fused_ms": adapter_ms, "ratio": prompts_ms / adapter_ms})
 
 
 def prompt_step(clip, labels):

@@ -43,12 +43,10 @@ def test_rows(rows):
 
 
 def test_cost():
-    """A row of prompt tuning, as tables.py reads it. A step of an adapter 512 - 1,024 - 2 with 512 texts multiplies
-    each weight of the second layer three times and of the first twice: its texts need no gradient."""
+    """A row of prompt tuning, as tables.py reads it."""
     rows = measured(*benchmark.TABLES["cost"])
-    numbers = tables.read_benchmark({"machine": {"commit": "", "processor": "", "minutes": 0}, "rows": rows})["numbers"]
+    numbers = tables.read_cost({"machine": {"commit": "", "processor": "", "minutes": 0}, "rows": rows})["numbers"]
     assert set(numbers) == {f"{title}, C=2" for title in tables.COSTS}
-    assert rows[0]["multiplications_fused"] == 512 * (2 * 512 * 1024 + 3 * 1024 * 2)
 
 
 def test_authors_loss_is_ours():
