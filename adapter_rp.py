@@ -1,9 +1,9 @@
 """RP, "Text as Image: Learning Transferable Adapter for Multi-Label Classification" (arXiv 2312.04160), in one file.
 
-CLIP puts texts and images in one space. So a small adapter that learns to read labels off TEXT embeddings can label
+CLIP puts texts and images in one space. So a small adapter that learns to predict labels from TEXT embeddings can label
 IMAGES: no photo and no manual label is used in training. Random perturbation (fresh noise on the text embeddings in
-every step) makes it carry over the gap between the two. Shapes: N texts or images, B batch, C labels, D CLIP width,
-H hidden width.
+every step) helps the adapter across the gap between the two. Shapes: N texts or images, B batch, C labels, D CLIP
+width, H hidden width.
 
 The method, part by part, in the paper's order            where
     frozen CLIP embeddings of texts         [N, D]        embed_inputs; embed.embed_texts
@@ -13,7 +13,7 @@ The method, part by part, in the paper's order            where
     # RP: loss                                            asymmetric_loss_reference, ranking_loss
     # RP: classifiers and loss together                   classifier_loss_reference
     # RP: inference on images, no noise                   evaluate
-    what a score states as a chance (beyond the paper)    asymmetric_probability
+    probability that a score implies (beyond the paper)   asymmetric_probability
     # RP: fast paths                                      perturb_fused, classifier_loss_fused
 
     python adapter_rp.py --seed 0 1 2           half a minute on two cores, drawn scenes: mAP 64.8, zero-shot 60.9
@@ -22,8 +22,8 @@ The method, part by part, in the paper's order            where
 Marks: [paper] stated in the abstract, [author] in other public code of the paper's author, [field] in the closest
 public peers, [choice] ours. The abstract fixes: both CLIP encoders frozen, only the adapter learns; noise on the text
 embeddings in training only; the embeddings' magnitude matters; texts from a language model told to write sentences for
-label sets; no manual data. The full text was not at hand. What else there is to decide is marked "choice Dn", where it
-is made; docs/choices.md has all choices in one table.
+label sets; no manual data. The full text was not at hand. Every other decision is marked "choice Dn" where it is made;
+docs/choices.md lists all choices in one table.
 """
 import math
 import time
@@ -56,25 +56,25 @@ class Config(run.Options):
                            "dataset and CLIP", "data", metavar="FILE")
     texts: str = option(None, 'training texts: .jsonl of {"text": ..., "labels": [...]}, COCO\'s captions .json, or a '
                         "caption a line; labels of captions by noun matching", "data", metavar="FILE")
-    text_count: int = option(None, "so many sentences, where they are made here (default: 8000, or as many as labels)",
+    text_count: int = option(None, "sentences to generate without --texts (default: 8000, or as many as labels)",
                              "data", type=run.COUNT, metavar="N")
-    precision: str = option("fp32", "CLIP's numbers", "CLIP", choices=("fp32", "bf16"))
-    noise_law: str = option("gaussian", "what the noise on text embeddings is drawn from [choice D1]",
+    precision: str = option("fp32", "precision of CLIP", "CLIP", choices=("fp32", "bf16"))
+    noise_law: str = option("gaussian", "distribution of the noise on the text embeddings [choice D1]",
                             choices=("gaussian", "uniform", "sphere", "none"))
-    noise_std: float = option(0.15, "its standard deviation per coordinate, in mean text norms; added after "
-                              "--normalize, and not normalised again [choice D2, looked at on test data once]",
+    noise_std: float = option(0.15, "its standard deviation per coordinate, in units of the mean text norm; added "
+                              "after --normalize, sum not normalised again [choice D2, looked at on test data once]",
                               type=run.NOT_NEGATIVE)
-    normalize: bool = option(False, "embeddings of length 1 instead of raw ones, before the noise [choice D3]")
+    normalize: bool = option(False, "scale raw embeddings to length 1, before the noise is added [choice D3]")
     adapter: str = option("mlp", "mlp: a hidden layer; linear: none [choice D4]", choices=("mlp", "linear"))
-    head: str = option("per-label", "how labels are read off: a classifier for each, or by likeness to their names' "
-                       "embeddings, new ones too [choice D6]", choices=("per-label", "label-embedding"))
-    loss: str = option("asymmetric", "what training lowers: asymmetric [author D7] spares easy absent labels, bce is "
-                       "plain, ranking compares labels", choices=("asymmetric", "bce", "ranking"))
-    gamma_neg: float = option(4.0, "asymmetric loss: larger spares easy absent labels more [author D7]",
+    head: str = option("per-label", "per-label: a classifier for each label; label-embedding: the cosine with the "
+                       "label's embedding, for new labels too [choice D6]", choices=("per-label", "label-embedding"))
+    loss: str = option("asymmetric", "asymmetric [author D7] down-weights easy absent labels; bce: binary "
+                       "cross-entropy; ranking compares labels", choices=("asymmetric", "bce", "ranking"))
+    gamma_neg: float = option(4.0, "asymmetric loss: larger down-weights easy absent labels more [author D7]",
                               type=run.NOT_NEGATIVE)
-    clip: float = option(0.0, "that loss: an absent label below this probability costs nothing [author D7]",
+    clip: float = option(0.0, "asymmetric loss: an absent label with a score below this costs nothing [author D7]",
                          type=run.SHARE)
-    focal_gradient: str = option("full", "that loss: its weights are differentiated too [choice D7]; stopped [author]",
+    focal_gradient: str = option("full", "asymmetric loss: differentiate its weights too [choice D7]; stopped [author]",
                                  choices=("full", "stopped"))
     lr: float = option(1e-3, "learning rate at the start; it falls to 0 [choice D8]", type=run.POSITIVE)
     epochs: int = option(30, "passes over the texts [choice D8]", type=run.COUNT)
@@ -129,11 +129,11 @@ class Adapter(nn.Module):
             self.bias = nn.Parameter(torch.tensor(0.0))
 
     def uniform(self, *shape, fan_in):
-        """In +-1 / sqrt(fan in), PyTorch's own start for linear layers"""
+        """Uniform in +-1 / sqrt(fan_in), PyTorch's own initialisation of linear layers"""
         return nn.Parameter((2 * torch.rand(shape, generator=self.draw) - 1) / math.sqrt(fan_in))
 
     def features(self, x):
-        """[N, D] -> what the classifiers multiply: [N, H] (linear: x); else scaled unit vectors [N, D]"""
+        """[N, D] -> the classifiers' input: [N, H] (linear: x); with label-embedding scaled unit vectors [N, D]"""
         hidden = x
         if self.kind == "mlp":
             hidden = torch.relu(F.linear(x, self.w1, self.b1))
@@ -158,15 +158,15 @@ class Adapter(nn.Module):
 # Summed over labels, averaged over the batch. Targets: 1 present, 0 absent, -1 ignored.
 def check_targets(targets):
     if targets.ndim < 2 or targets.is_floating_point():
-        raise ValueError(f"targets must be integers or bool, [..., B, C]: not {targets.dtype}, {list(targets.shape)}")
+        raise ValueError(f"targets must be integers or bool [..., B, C], not {targets.dtype} {list(targets.shape)}")
 
 
 def asymmetric_loss_reference(logits, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
-    """Asymmetric loss. focal_gradient: "full", through its weights too, or "stopped".  [author; choice D7]
+    """Asymmetric loss. focal_gradient: "full" also differentiates its weights, "stopped" not.  [author; choice D7]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
-    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool (ValueError else); their values are checked
-    where labels enter (data.check_marks) -> scalar. Finite at z = +-1e4.
+    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool (else ValueError); their values are checked
+    where labels are read (data.check_marks) -> scalar. Finite at z = +-1e4.
     """
     check_targets(targets)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))              # half precision overflows in sums
@@ -186,10 +186,10 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=4.0, gamma_pos=0.0, cli
 
 
 def asymmetric_probability(logits, gamma_neg=4.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
-    """The chance that a logit states.  [docs/probabilities.md; choice D10]
+    """The probability that a logit implies.  [docs/probabilities.md; choice D10]
 
-    A label of chance pi has the smallest expected loss where pi l1'(z) + (1 - pi) l0'(z) = 0, l1 and l0 the loss of a
-    present and of an absent label. So pi = l0' / (l0' - l1'); without exponents and clip this is the sigmoid.
+    A label that is present with probability pi has the smallest expected loss where pi l1'(z) + (1 - pi) l0'(z) = 0; l1
+    is the loss if it is present, l0 if absent. So pi = l0' / (l0' - l1'); without exponents and clip, the sigmoid.
     logits: [..., N, C] -> float64, the same shape, in 0..1, monotone
     """
     slopes = []
@@ -218,21 +218,21 @@ def classifier_loss_reference(hidden, weight, bias, targets, gamma_neg=4.0, gamm
 
 
 def loss_settings(config):
-    """gamma-, gamma+, clip and focal gradient of --loss asymmetric; bce is the same loss without them"""
+    """gamma-, gamma+, clip and focal gradient of --loss asymmetric; bce is the same loss with all of them off"""
     if config.loss == "bce":
         return 0, 0, 0, "stopped"
     return config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient
 
 
 def probabilities_of(config, scores):
-    """Scores in 0..1, float64 [N, C] -> the chances that they state; None after the ranking loss, which has none"""
+    """Scores in 0..1, float64 [N, C] -> the probabilities that they imply; None after --loss ranking"""
     if config.loss == "ranking":
         return None
     return asymmetric_probability(torch.logit(scores), *loss_settings(config))
 
 
 def text_loss(config, adapter, x, targets, label_embeddings):
-    """Loss of perturbed embeddings x [B, D] with targets [B, C], by --loss and --impl -> scalar"""
+    """Loss of perturbed embeddings x [B, D] with targets [B, C], as --loss and --impl say -> scalar"""
     if config.loss == "ranking":
         return ranking_loss(adapter(x, label_embeddings), targets)
     weight, bias = adapter.classifiers(label_embeddings)
@@ -265,7 +265,7 @@ def names_of(config):
 def find_photos(config, names):
     """Test photos of the dataset, if it has all these labels -> data.LabelledPhotos or None. Nothing is decoded yet."""
     own = data.label_names(config.dataset, config.data_root)
-    asked_for = "dataset" in config.given or not config.labels  # --labels alone are words for photos of one's own
+    asked_for = "dataset" in config.given or not config.labels  # --labels alone is for the user's own photos
     if not asked_for or not set(names) <= set(own):
         return None
     found = data.load_photos(config.dataset, config.data_root, "test", config.test_count, config.policy)
@@ -274,14 +274,14 @@ def find_photos(config, names):
 
 
 def training_texts(config, names):
-    """-> list of N sentences, int8 [N, C], where they are from"""
+    """Sentences of --texts, or generated ones -> list of N str, int8 [N, C], their source in words"""
     if config.texts:
         texts, labels = data.read_texts(config.texts, names, data.synonyms_of(names, config.dataset))
         source = Path(config.texts).name
         rows = data.drawn(len(texts), config.train_count)
         texts = [texts[row] for row in rows]
         labels = labels[rows]
-    else:  # made here; every label leads at least one sentence
+    else:  # generated; every label comes first in at least one sentence
         count = config.text_count or max(8000, len(names))
         texts, labels, source = data.default_texts(config.dataset, names, count)
 
@@ -297,7 +297,7 @@ def training_texts(config, names):
 
 def embed_inputs(config, device, names):
     """Frozen CLIP's embeddings of label prompts, training texts and test photos -> Inputs"""
-    found = find_photos(config, names)  # what is missing is said before anything is computed
+    found = find_photos(config, names)  # missing files are reported before anything is computed
     clip = run.load_clip(config, device)
     label_embeddings = embed_prompts(clip, names, config.cache)
     text_embeddings = label_embeddings[:0]
@@ -319,7 +319,7 @@ def embed_inputs(config, device, names):
 
 
 def embed_prompts(clip, names, cache):
-    """[C, D] of the zero-shot prompts.  [choice D9]"""
+    """Text embeddings of the zero-shot prompts -> [C, D].  [choice D9]"""
     return embed.embed_texts(clip, [PROMPT.format(name) for name in names], cache)
 
 
@@ -329,15 +329,15 @@ def load_inputs(config, names):
     known = arrays["label_names"]
     for name in names:
         if name not in known:
-            raise UsageError(f"--labels names '{name}', which {config.features} has no embedding for (it has "
-                             f"{', '.join(known[:30])})")
+            raise UsageError(f"--labels names '{name}', which has no embedding in {config.features}; choose among "
+                             f"{', '.join(known[:30])}")
     columns = [known.index(name) for name in names]
     text_labels = arrays["text_labels"][:, columns]
     texts = data.drawn(len(text_labels), config.train_count)
     if len(names) >= data.FEW:  # long lists leave out texts without any of them
         texts = texts[(text_labels[texts] == 1).any(1)]
     if not (text_labels[texts] == 1).any():
-        raise UsageError(f"features file {config.features}: no text has any of the {len(names)} labels")
+        raise UsageError(f"features file {config.features}: no text has any of the {len(names)} labels; choose others")
     images = data.drawn(len(arrays["image_labels"]), config.test_count)
     return Inputs(
         torch.from_numpy(arrays["label_embeddings"][columns]),
@@ -353,8 +353,8 @@ def load_inputs(config, names):
 
 
 def only_labels(inputs, columns):
-    """Inputs of training that sees these columns of the labels alone, as if no others were asked for: texts that name
-    none of them are left out, but where there are few labels."""
+    """Inputs for training on these columns of the labels alone, as if there were no others: texts without any of them
+    are left out, unless there are fewer than data.FEW labels."""
     text_labels = inputs.text_labels[:, columns]
     rows = (text_labels != 0).any(1)
     if len(columns) < data.FEW:
@@ -364,7 +364,7 @@ def only_labels(inputs, columns):
 
 
 def prepared(config, embeddings):
-    """--normalize; the same for texts in training and images at inference.  [paper: direction; choice D3]"""
+    """Applies --normalize, to texts in training and images at inference alike.  [paper: direction; choice D3]"""
     if config.normalize:
         return F.normalize(embeddings, dim=-1)
     return embeddings
@@ -372,8 +372,9 @@ def prepared(config, embeddings):
 
 # --- train ------------------------------------------------------------------------------------------------------------
 def train(config, inputs, seed, device, folder):
-    """-> Adapter. Randomness depends on the seed and the epoch alone: an interrupted training goes on exactly, and runs
-    of one seed have the same first weights, orders and noise draws, whatever --noise-std. Raises run.Diverged."""
+    """Trains one adapter -> Adapter. Random numbers depend only on the seed and the epoch: an interrupted training
+    resumes exactly, and runs with the same seed have the same initial weights, orders and noise draws, whatever
+    --noise-std. Raises run.Diverged."""
     # ============ frozen embeddings ============
     texts = prepared(config, inputs.text_embeddings).to(device)                  # [N, D]
     text_labels = inputs.text_labels.to(device)                                  # [N, C]
@@ -384,7 +385,7 @@ def train(config, inputs, seed, device, folder):
 
     # ============ adapter and optimiser ============
     adapter = Adapter(width, len(label_embeddings), seed, config.adapter, config.head).to(device)
-    if config.head == "label-embedding":  # mean probability 0.1 at the start
+    if config.head == "label-embedding":  # mean score 0.1 at the start
         cosine = F.normalize(texts[:1000], dim=-1) @ F.normalize(label_embeddings, dim=-1).T
         adapter.bias.data.fill_(math.log(0.1 / 0.9) - 20 * cosine.mean())
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY,
@@ -423,17 +424,17 @@ def train(config, inputs, seed, device, folder):
 # --- score ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def evaluate(config, adapter, inputs, device, rows=8192):
-    """Scores on the test photos, no noise -> (dict for metrics.json, the logits that rank [M, C])"""
+    """Scores the test photos, without noise -> (dict for metrics.json, logits [M, C])"""
     images = prepared(config, inputs.image_embeddings)
     label_embeddings = inputs.label_embeddings.to(device)
     logits = torch.cat([adapter(part.to(device), label_embeddings).cpu() for part in images.split(rows)])    # [M, C]
-    scores = torch.sigmoid(logits.double())  # the logits rank: a sigmoid rounds large ones to ties
+    scores = torch.sigmoid(logits.double())  # logits rank the photos: the sigmoid rounds large ones to ties
     return run.measure(logits, scores, probabilities_of(config, scores), inputs.image_labels), logits
 
 
 def load_adapter(config, path, stored, metadata, names, encoder, encoder_key):
-    """A checkpoint's adapter with these labels: with the label-embedding head perhaps others than those of its
-    training. stored, metadata: what run.read_checkpoint gave -> Adapter. Raises UsageError."""
+    """The adapter of a checkpoint, for these labels; with the label-embedding head they may be labels that it was not
+    trained on. stored, metadata: from run.read_checkpoint -> Adapter. Raises UsageError."""
     expected = names if config.head == "per-label" else metadata["names"]  # the other head reads any labels
     run.check_fits(path, metadata, expected, encoder, encoder_key)
     first_layer = stored.get("w1", stored.get("w2"))
@@ -444,24 +445,24 @@ def load_adapter(config, path, stored, metadata, names, encoder, encoder_key):
 
 
 class Tagger:
-    """A trained adapter for photos of one's own (tag.py)."""
+    """A trained adapter for the user's own photos (tag.py)."""
 
     def __init__(self, config, path, stored, metadata, clip, names):
-        """config: as the adapter was trained; the others: see load_adapter"""
+        """config: the options that the adapter was trained with; for the other arguments see load_adapter"""
         self.config = config
         self.clip = clip
-        self.encoder = f"image {clip.key} {clip.precision}"  # the cache holds embeddings, which other adapters use too
+        self.encoder = f"image {clip.key} {clip.precision}"  # cached are CLIP's embeddings, which all adapters share
         adapter = load_adapter(config, path, stored, metadata, names, clip.name, clip.key)
         self.adapter = adapter.to(clip.device)
         self.label_embeddings = embed_prompts(clip, names, config.cache).to(clip.device)
 
     def encode(self, images):
-        """[b, 3, H, W] -> what is cached of each photo"""
+        """Images [b, 3, H, W] -> what the cache keeps of each photo: {"embedding": [b, D]}"""
         return {"embedding": self.clip.model.encode_image(images, normalize=False).float()}
 
     @torch.no_grad()
     def scores_of(self, features):
-        """What encode gave -> float64 [b, C] in 0..1"""
+        """What encode returned -> scores in 0..1, float64 [b, C]"""
         x = prepared(self.config, features["embedding"].to(self.clip.device))
         return torch.sigmoid(self.adapter(x, self.label_embeddings).double()).cpu()
 
@@ -478,7 +479,7 @@ def main(argv):
     if config.features and config.texts:
         raise UsageError("--features brings its own texts: leave --texts out")
     if config.unseen and config.head == "per-label":
-        raise UsageError("--unseen: a classifier a label knows no others; add --head label-embedding")
+        raise UsageError("--unseen: the per-label head cannot score unseen labels; add --head label-embedding")
     device = run.set_up(config)
 
     # ============ the run's folder: finished, half done or new ============
@@ -499,10 +500,10 @@ def main(argv):
         inputs = load_inputs(config, names)
     else:
         inputs = embed_inputs(config, device, names)
-    if run.RANK > 0:  # under torchrun embedding is shared out; the adapter learns in the first process
+    if run.RANK > 0:  # torchrun's processes share the embedding; the first one alone trains the adapter
         return
 
-    # ============ what somebody would try first ============
+    # ============ baselines ============
     scores = {}
     if inputs.image_labels is not None:
         scores = {"truth": torch.from_numpy(inputs.image_labels)}
@@ -529,7 +530,7 @@ def main(argv):
             adapter = load_adapter(config, config.checkpoint, stored, metadata, names, inputs.encoder,
                                    inputs.encoder_key).to(device)
             if inputs.image_labels is None:
-                raise UsageError("no test photos for these labels; --dataset names one that has them")
+                raise UsageError("no test photos for these labels; pass a --dataset that has them")
         else:
             adapter = train(config, seen, seed, device, folder)
             run.save_checkpoint(config, folder, seed, adapter.state_dict(), method="rp", names=trained,
@@ -556,8 +557,8 @@ def report(record):
 
 # --- RP: fast paths, each the same as its plain formula ---------------------------------------------------------------
 def perturb_fused(embeddings, noise_std, law, mean_norm, generator):
-    """Same as perturb_reference, same draws: into one buffer, which is scaled."""
-    noise = torch.empty_like(embeddings, memory_format=torch.contiguous_format)  # the reference's order of draws
+    """Same as perturb_reference, with the same draws; the noise is drawn and scaled in one buffer."""
+    noise = torch.empty_like(embeddings, memory_format=torch.contiguous_format)  # draws in the reference's order
     if law == "none":
         noise.zero_()
     elif law == "uniform":
@@ -583,8 +584,8 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     targets = targets.reshape(-1)
     full = focal_gradient == "full"
 
-    # Nearly every label is absent: all are taken for absent. The few others are set to -inf, where an absent label
-    # costs nothing, and are written over at the end.
+    # Nearly every label is absent, so all are treated as absent. The few others are set to -inf, where an absent label
+    # costs nothing, and are overwritten at the end.
     few = targets.nonzero()[:, 0]
     few_z = z[few]
     z[few] = -math.inf
@@ -595,7 +596,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
         q = p
         log_not_q = F.logsigmoid(z.neg_())
         slope = p
-        if full:  # z is not needed any more, so its memory is used
+        if full:  # z is no longer needed: its memory is reused
             slope = z.copy_(p).sub_(1).mul_(log_not_q).mul_(gamma_neg).add_(p)
     else:
         q = (p - clip).clamp_min_(0)
@@ -610,7 +611,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     loss = -torch.dot(weight, log_not_q)
     torch.mul(slope, weight, out=z)
 
-    # present; what is ignored has no weight
+    # present; ignored labels have weight 0
     p = torch.sigmoid(few_z)
     not_p = torch.sigmoid(-few_z)
     log_p = F.logsigmoid(few_z)
@@ -624,7 +625,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
 
 
 def logits_alive(hidden):
-    """Logits that the fused loss keeps at once: on a processor what its cache holds"""
+    """How many logits the fused loss keeps at once: on a CPU as many as its cache holds"""
     return 2 ** 26 if hidden.is_cuda else 2 ** 18
 
 
@@ -657,8 +658,8 @@ class _ClassifierLoss(torch.autograd.Function):
 
 def classifier_loss_fused(hidden, weight, bias, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0,
                           focal_gradient="full"):
-    """Same as classifier_loss_reference. A chunk of labels at a time is multiplied out, turned in place into its own
-    gradient, and multiplied into those of hidden, weight and bias: of B x C only logits_alive exist at once."""
+    """Same as classifier_loss_reference. For a chunk of labels at a time, logits are computed, overwritten by their
+    gradient, and multiplied into those of hidden, weight and bias: of B x C logits only logits_alive exist at once."""
     check_targets(targets)
     kind = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -1,8 +1,8 @@
 """SSPA, "Split-and-Synthesize Prompting with Gated Alignments for Multi-Label Image Recognition" (arXiv 2407.20920).
 
-One sentence a label from a language model says what it looks like and what it is found with; learnable prompts are
+For each label a sentence from a language model says what it looks like and what it is found with; learnable prompts are
 filtered by the image; a quaternion network fuses both with the global image feature; labels and regions attend to each
-other through gates; all regions count in the end. CLIP's text encoder is frozen, its image encoder tuned or frozen.
+other through gates; all regions enter a label's score. CLIP's text encoder is frozen, its image encoder tuned or not.
 Shapes: B images, C labels, M regions (patch tokens), d joint CLIP width, L context vectors, P prompt sets.
 
 The method, part by part, in the figure's order                         where
@@ -15,7 +15,7 @@ The method, part by part, in the figure's order                         where
     # SSPA: soft aggregator   T_fn, X_fn -> s_R [B, C]                  soft_aggregate_reference
     # SSPA: global branch   x0, T_g -> s_G [B, C], and all arrows       SSPA.forward
     # SSPA: losses, prediction                                          asymmetric_loss_reference, branch_scores
-    what a score states as a chance (beyond the paper)                  asymmetric_probability
+    probability that a score implies (beyond the paper)                 asymmetric_probability
     # SSPA: fast paths                                                  *_fused, each the same as its *_reference
 
     python sspa.py --tune-image none --seed 0 1 2       three seeds, 12 minutes on two cores, drawn scenes: 68.7 mAP
@@ -23,8 +23,8 @@ The method, part by part, in the figure's order                         where
 
 Marks: [paper] stated in the abstract, [figure] read off the method figure, [author] in other public code of the first
 author, [field] in the closest public peers, [choice] ours. The abstract and the figure fix which parts there are, what
-flows between them, and that the text encoder is frozen. The full text was not at hand. What else there is to decide is
-marked "choice Dn", where it is made; docs/choices.md has all choices in one table.
+flows between them, and that the text encoder is frozen. The full text was not at hand. Every other decision is marked
+"choice Dn" where it is made; docs/choices.md lists all choices in one table.
 """
 import math
 import time
@@ -44,7 +44,7 @@ import run
 from data import UsageError, say
 from run import option
 
-SCALE = 20.0  # choice D9: of both branches' cosines, at the start
+SCALE = 20.0  # choice D9: initial scale of both branches' cosines
 PRIOR = 0.1  # choice D9: sigmoid of the mean logit at the start, which sets the biases
 GAMMA_POS = 0.0  # choice D10: focusing exponent of present labels
 WEIGHT_DECAY = 1e-4  # choice D11
@@ -57,38 +57,41 @@ CACHE_LIMIT = 4.0  # GiB of frozen region features that are kept; beyond it phot
 class Config(run.Options):
     descriptions: str = option(None, 'JSON {"descriptions": {label: sentence}}, or none: the template alone (default: '
                                "assets/descriptions/<dataset>.json)", "data", metavar="FILE")
-    tune_image: str = option("full", "image tower: full, trained at --image-lr-factor [figure]; none: frozen, its "
-                             "features cached [choice D13]", choices=("none", "full"))
-    context_length: int = option(4, "learnable words before a label's name [figure: 4 drawn; choice D1]",
+    tune_image: str = option("full", "full: train the image tower at --image-lr-factor [figure]; none: freeze it and "
+                             "cache its features [choice D13]", choices=("none", "full"))
+    context_length: int = option(4, "context vectors before a label's name [figure: 4 drawn; choice D1]",
                                  type=run.COUNT)
-    attention_scale: float = option(10.0, "sharpness of attention at first; 0: fixed 1/sqrt(d) [choice D4]",
+    attention_scale: float = option(10.0, "initial scale of the attention logits; 0: fixed 1/sqrt(d) [choice D4]",
                                     type=run.NOT_NEGATIVE)
     no_dsf: bool = option(False, "ablation: the prompts are not filtered by the image")
-    fusion: str = option("qsm", "how the prompts join: with the image in a quaternion network [figure]; others are "
-                         "ablations, without it",
+    fusion: str = option("qsm", "how the prompts are fused: with the image, by a quaternion network (qsm) [figure]; "
+                         "the others are ablations, without the image",
                          choices=("qsm", "knowledge", "context", "sum", "concat"))
-    quaternion_layers: int = option(2, "layers of that network, the last one included [choice D6]", type=run.COUNT)
-    alignment: str = option("both", "who asks in GDMA: labels, regions, both [figure]; others are ablations",
+    quaternion_layers: int = option(2, "layers of QSM, the last one included [choice D6]", type=run.COUNT)
+    alignment: str = option("both", "GDMA: labels attend to regions (v-to-s), or regions to labels; both [figure]",
                             choices=("both", "v-to-s", "s-to-v", "none"))
     no_gate: bool = option(False, "ablation: GDMA adds its attention output ungated")
     aggregator: str = option("soft", "a label's score from all regions [paper]; ablations: mean, max",
                              choices=("soft", "mean", "max"))
-    temperature: float = option(0.1, "smaller: its best regions count more [choice D8]", type=run.POSITIVE)
+    temperature: float = option(0.1, "soft aggregator: smaller, best regions count more [choice D8]", type=run.POSITIVE)
     branches: str = option("both", "scores from the whole image, from its regions, or both [figure]",
                            choices=("both", "global", "regional"))
-    gamma_neg: float = option(2.0, "loss: larger spares easy absent labels more [author D10]", type=run.NOT_NEGATIVE)
-    clip: float = option(0.0, "loss: absent labels below it cost nothing [author D10]", type=run.SHARE)
-    focal_gradient: str = option("full", "loss: its weights are differentiated too [choice D10]; stopped [author]",
+    gamma_neg: float = option(2.0, "loss: larger down-weights easy absent labels more [author D10]",
+                              type=run.NOT_NEGATIVE)
+    clip: float = option(0.0, "loss: an absent label with a score below this costs nothing [author D10]",
+                         type=run.SHARE)
+    focal_gradient: str = option("full", "loss: differentiate its weights too [choice D10]; stopped [author]",
                                  choices=("full", "stopped"))
     regional_weight: float = option(1.0, "weight of the regional branch's loss [author D10]", type=run.NOT_NEGATIVE)
-    lr: float = option(None, "AdamW's, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice D11, looked at "
-                       "on test data once])", type=run.POSITIVE)
-    prompt_lr: float = option(1e-3, "that of the learnable words [choice D11]", type=run.POSITIVE)
-    image_lr_factor: float = option(0.1, "times --lr: that of a tuned image tower [author D11]", type=run.NOT_NEGATIVE)
-    ema: float = option(0.9997, "the model is a moving average over steps, near 1 of more [author D11]",
+    lr: float = option(None, "learning rate, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice D11, "
+                       "looked at on test data once])", type=run.POSITIVE)
+    prompt_lr: float = option(1e-3, "learning rate of the context vectors [choice D11]", type=run.POSITIVE)
+    image_lr_factor: float = option(0.1, "a tuned image tower learns at this times --lr [author D11]",
+                                    type=run.NOT_NEGATIVE)
+    ema: float = option(0.9997, "decay of the moving average of the weights, which is the model [author D11]",
                         type=run.SHARE)
     epochs: int = option(None, "passes over the training photos (default: 20, or as many as 150 steps take) "
-                         "[choice D12, the least looked at on test data once]", type=run.COUNT)
+                         "[choice D12, this minimum looked at on test data once]", type=run.COUNT)
     batch_size: int = option(64, "photos a step, over all processes [choice D12]", type=run.COUNT)
 
 
@@ -98,7 +101,7 @@ def image_features(visual, images):
 
     images: [B, 3, H, W], normalised as CLIP wants them -> (x0 [B, d], X [B, M, d]), M the patches (ViT) or the cells of
     the last feature map (ResNet). ViT: every patch token through the final norm and projection. ResNet: the attention
-    pool, asked at every position [field: DenseCLIP; choice D2]. x0 is what open_clip's encode_image gives.
+    pool with a query at every position [field: DenseCLIP; choice D2]. x0 is what open_clip's encode_image gives.
     """
     pool = getattr(visual, "attnpool", None)  # ResNet towers have one
     if pool is None:
@@ -122,10 +125,10 @@ def split_heads(x, heads):
 
 # --- SSPA: KAP --------------------------------------------------------------------------------------------------------
 def knowledge_texts(clip, names, descriptions):
-    """What the frozen text encoder reads of a label: "{description} A photo of a {name}."  [figure; order: choice D3]
+    """The frozen text encoder's input for each label: "{description} A photo of a {name}."  [figure; order: choice D3]
 
-    descriptions: {name: sentence}; a label without one gets the template alone. A text past the encoder's context
-    length loses the last words of its description, never the template; said once. -> list of C str
+    descriptions: {name: sentence}; a label without one gets the template alone. A text longer than the encoder's
+    context loses the last words of its description, never the template; one line says so. -> list of C str
     """
     room = clip.tokenizer.context_length - 2                                     # start and end token
     texts = []
@@ -165,19 +168,19 @@ def encode_prompts_reference(model, contexts, tokens):
 
 
 def uniform(rows, columns, draw):
-    """[rows, columns] in +-1 / sqrt(rows), PyTorch's own start for linear layers"""
+    """Uniform in +-1 / sqrt(rows), PyTorch's own initialisation of linear layers -> [rows, columns]"""
     return nn.Parameter((2 * torch.rand(rows, columns, generator=draw) - 1) / math.sqrt(rows))
 
 
 def log_scale(d, attention_scale):
-    """Logarithm of the sharpness of an attention; 0: 1 / sqrt(d), not learned.  [choice D4]"""
+    """Logarithm of an attention's scale, learned; attention_scale 0: fixed at 1 / sqrt(d).  [choice D4]"""
     start = math.log(attention_scale or d ** -0.5)
     return nn.Parameter(torch.tensor(start), requires_grad=attention_scale > 0)
 
 
 # --- SSPA: DSF --------------------------------------------------------------------------------------------------------
 class DynamicSemanticFiltering(nn.Module):
-    """Prompts filtered by the image: every label gathers the regions its prompt asks for.  [figure; scale: choice D4]
+    """Prompts filtered by the image: a label gathers the regions its prompt attends to.  [figure; scale: choice D4]
 
     A = softmax_M(scale * Linear(E_ca) X^T), T_ca = A X; the linear layer is on the text side only, key = value = X.
     """
@@ -236,17 +239,17 @@ class QuaternionLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(4 * fan_out))
 
     def forward(self, components):
-        """Four components [..., fan_in], None for zero -> [..., 4 fan_out], theirs side by side"""
+        """Four components [..., fan_in], None for zero -> [..., 4 fan_out], the output's components side by side"""
         return self.layer(components, self.r_weight, self.i_weight, self.j_weight, self.k_weight, self.bias)
 
 
 class QuaternionFusion(nn.Module):
-    """Layers of width d a component with ReLU between them, the last one of d / 4.  [layers: figure; choice D6]"""
+    """Layers with ReLU between them; each component has width d, in the last one d / 4.  [layers: figure; choice D6]"""
 
     def __init__(self, d, layers, impl, draw):
         super().__init__()
         if d % 4:
-            raise UsageError(f"QSM puts four components of d / 4 side by side: 4 must divide CLIP's width {d}")
+            raise UsageError(f"--fusion qsm: 4 must divide CLIP's width {d}; choose another --backbone or --fusion")
         self.layers = nn.ModuleList()
         for _ in range(layers - 1):
             self.layers.append(QuaternionLinear(d, d, impl, draw))
@@ -262,8 +265,8 @@ class QuaternionFusion(nn.Module):
 
 # --- SSPA: GDMA -------------------------------------------------------------------------------------------------------
 class GatedAttention(nn.Module):
-    """One direction of the alignment: x + g a, a the attention's answer, g a gate for each channel, which leaves out
-    what is not wanted. Matrices multiply from the right.  [purpose: paper; formula: choice D7]"""
+    """One direction of the alignment: x + g a, where a is the attention's output and g a gate for each channel, which
+    suppresses what is irrelevant. Matrices multiply from the right.  [purpose: paper; formula: choice D7]"""
 
     def __init__(self, d, attention_scale, gated, impl, draw):
         super().__init__()
@@ -279,7 +282,7 @@ class GatedAttention(nn.Module):
             self.gate_bias = nn.Parameter(torch.zeros(d))
 
     def forward(self, x, context):
-        """x [B, n, d] asks context [B, m, d] -> (x + g a [B, n, d], g [B, n, d] or None)"""
+        """x [B, n, d] attends to context [B, m, d] -> (x + g a [B, n, d], g [B, n, d] or None)"""
         return self.attend(x, context, self)
 
     def attention(self, x, context):
@@ -301,7 +304,7 @@ def soft_aggregate_reference(label_features, region_features, temperature, scale
     """A label's logit from all regions: those that resemble it more count more, and none is left out.  [idea: paper]
 
     S = cos(label, region), s = scale * sum over M of softmax_M(S / temperature) * S.  [form: field; choice D8]
-    label_features: [B, C, d], or [C, d] for all; region_features: [B, M, d]; temperature: in units of S -> [B, C]
+    label_features: [B, C, d], or [C, d] for all images; region_features: [B, M, d]; temperature: a cosine -> [B, C]
     """
     S = F.normalize(label_features, dim=-1) @ F.normalize(region_features, dim=-1).mT        # [B, C, M]
     return scale * (torch.softmax(S / temperature, -1) * S).sum(-1)
@@ -318,15 +321,15 @@ def soft_aggregate_loss_reference(label_features, region_features, temperature, 
 # Summed over labels, averaged over the batch. Targets: 1 present, 0 absent, -1 ignored.
 def check_targets(targets):
     if targets.ndim < 2 or targets.is_floating_point():
-        raise ValueError(f"targets must be integers or bool, [..., B, C]: not {targets.dtype}, {list(targets.shape)}")
+        raise ValueError(f"targets must be integers or bool [..., B, C], not {targets.dtype} {list(targets.shape)}")
 
 
 def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
-    """Asymmetric loss. focal_gradient: "full", through its weights too, or "stopped".  [exponents: author; choice D10]
+    """Asymmetric loss. focal_gradient: "full" also differentiates its weights.  [exponents: author; choice D10]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
-    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool (ValueError else); their values are checked
-    where labels enter (data.check_marks) -> scalar. Finite at z = +-1e4.
+    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool (else ValueError); their values are checked
+    where labels are read (data.check_marks) -> scalar. Finite at z = +-1e4.
     """
     check_targets(targets)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))              # half precision overflows in sums
@@ -346,10 +349,10 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, cli
 
 
 def asymmetric_probability(logits, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
-    """The chance that a logit states.  [docs/probabilities.md; choice D15]
+    """The probability that a logit implies.  [docs/probabilities.md; choice D15]
 
-    A label of chance pi has the smallest expected loss where pi l1'(z) + (1 - pi) l0'(z) = 0, l1 and l0 the loss of a
-    present and of an absent label. So pi = l0' / (l0' - l1'); without exponents and clip this is the sigmoid.
+    A label that is present with probability pi has the smallest expected loss where pi l1'(z) + (1 - pi) l0'(z) = 0; l1
+    is the loss if it is present, l0 if absent. So pi = l0' / (l0' - l1'); without exponents and clip, the sigmoid.
     logits: [..., N, C] -> float64, the same shape, in 0..1, monotone
     """
     slopes = []
@@ -363,15 +366,15 @@ def asymmetric_probability(logits, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal
 
 
 # --- SSPA: the whole --------------------------------------------------------------------------------------------------
-class Labels(NamedTuple):  # all that is made of the label names
+class Labels(NamedTuple):  # all that is derived from the label names
     names: list
-    texts: list              # what KAP reads of each
+    texts: list              # KAP's input for each
     tokens: torch.Tensor     # [C, 77] of "X ... X {name}."
     knowledge: torch.Tensor  # T_ka [C, d]
     words: torch.Tensor      # embeddings of "a photo of a" [4, width]
 
 
-class Prediction(NamedTuple):  # what flows along the figure's arrows; the last three are None without their part
+class Prediction(NamedTuple):  # what flows along the figure's arrows; the last three are None where their part is off
     global_logits: torch.Tensor     # s_G [B, C]
     regional_logits: torch.Tensor   # s_R [B, C]
     T_uf: torch.Tensor              # [B, C, d]
@@ -383,10 +386,10 @@ class Prediction(NamedTuple):  # what flows along the figure's arrows; the last 
 
 
 class SSPA(nn.Module):
-    """The learned parts and the frozen CLIP they stand on. Only parameters that learn have requires_grad."""
+    """The learned parts and the CLIP they build on. Only parameters that are trained have requires_grad."""
 
     def __init__(self, config, clip_model, labels, seed):
-        """clip_model: open_clip's CLIP; its image tower learns with --tune-image full; labels: Labels"""
+        """clip_model: open_clip's CLIP; its image tower is trained with --tune-image full; labels: Labels"""
         super().__init__()
         self.config = config
         self.clip = clip_model
@@ -400,7 +403,7 @@ class SSPA(nn.Module):
         self.register_buffer("knowledge", None, persistent=False)                # T_ka [C, d]
         self.set_labels(labels)
 
-        # CAP and the global prompts: L words each, which start as "a photo of a"  [choice D1]
+        # CAP and the global prompts: L context vectors each, which start as "a photo of a"  [choice D1]
         contexts = 0.02 * torch.randn(2, config.context_length, labels.words.shape[1], generator=draw)
         start = labels.words[:config.context_length]
         contexts[:, :len(start)] = start
@@ -430,7 +433,7 @@ class SSPA(nn.Module):
         self.eval()  # BatchNorm statistics stay CLIP's  [choice D13]
 
     def set_labels(self, labels):
-        """labels: Labels. Others at any time: nothing that is learnt belongs to a label."""
+        """Replaces the labels by others, of any number: no learned parameter belongs to a label. labels: Labels"""
         device = self.clip.logit_scale.device
         self.texts = labels.texts
         self.tokens = labels.tokens.to(device)
@@ -442,7 +445,7 @@ class SSPA(nn.Module):
         return F.normalize(encode_prompts(self.clip, self.contexts, self.tokens), dim=-1)
 
     def filter(self, E_ca, X):
-        """DSF. E_ca: [C, d]; X: [B, M, d] -> (T_ca [B, C, d], attention [B, C, M]); without it (E_ca, None)"""
+        """DSF. E_ca: [C, d]; X: [B, M, d] -> (T_ca [B, C, d], attention [B, C, M]); without DSF (E_ca, None)"""
         if self.dsf is None:
             return E_ca, None
         T_ca, attention = self.dsf(E_ca, X)
@@ -464,8 +467,8 @@ class SSPA(nn.Module):
         return F.normalize(T_uf, dim=-1).expand(len(x0), -1, -1)
 
     def align(self, T_uf, X):
-        """GDMA: labels ask regions (V-to-S) and regions ask labels (S-to-V), both before either is updated.  [figure]
-        -> (T_fn [B, C, d], X_fn [B, M, d], V-to-S gate, S-to-V gate)"""
+        """GDMA: labels attend to regions (V-to-S), regions to labels (S-to-V), both to features not yet updated.
+        [figure]  -> (T_fn [B, C, d], X_fn [B, M, d], V-to-S gate, S-to-V gate), gates shaped alike or None"""
         T_fn, label_gate = T_uf, None
         X_fn, region_gate = X, None
         if self.v_to_s is not None:
@@ -475,7 +478,7 @@ class SSPA(nn.Module):
         return T_fn, X_fn, label_gate, region_gate
 
     def forward(self, x0, X, targets=None, prompts=None):
-        """x0: [B, d]; X: [B, M, d]; targets: int [B, C] or None; prompts: what self.prompts() gave, to spare it
+        """x0: [B, d]; X: [B, M, d]; targets: int [B, C] or None; prompts: of self.prompts(), None: computed here
         -> Prediction, or with targets the loss, a scalar averaged over the batch."""
         x0 = F.normalize(x0, dim=-1)                                             # choice D14
         X = F.normalize(X.to(x0.dtype), dim=-1)
@@ -520,7 +523,7 @@ class SSPA(nn.Module):
         return L_G + config.regional_weight * L_R
 
     def learned(self):
-        """{name: parameter} of what training changes, which is what a checkpoint holds"""
+        """{name: parameter} of all that training changes and a checkpoint holds"""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
@@ -536,7 +539,7 @@ def branch_scores(branches, global_logits, regional_logits):
 
 
 def probabilities_of(config, scores):
-    """Scores in 0..1, float64 [N, C] -> the chances that they state: of the mean score, so that its ranking stays."""
+    """What branch_scores gave, float64 [N, C] -> the probabilities that it implies, ranked alike"""
     return asymmetric_probability(torch.logit(scores), config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
 
 
@@ -546,7 +549,7 @@ class Photos(NamedTuple):
     labels: torch.Tensor     # int8 [N, C]
     x0: torch.Tensor         # [N, d] of CLIP's own tower
     X: torch.Tensor          # float16 [N, M, d], None where photos go through the tower in every epoch
-    policy: str              # how doubtful labels were treated, and what was left out
+    policy: str              # how doubtful labels were treated, and how many photos were left out
 
 
 def check_clip(clip):
@@ -566,9 +569,9 @@ def check_clip(clip):
         reason = "its text encoder has another projection or tokenizer than CLIP's"
     elif isinstance(visual, VisionTransformer):
         if visual.pool_type != "tok" or visual.attn_pool is not None:
-            reason = "its image tower does not end in a class token, so that its patch tokens are no region features"
+            reason = "its image tower does not end in a class token, so its patch tokens are no region features"
     elif not isinstance(visual, ModifiedResNet):
-        reason = "its image tower is neither CLIP's ViT nor CLIP's ResNet, so that there are no region features"
+        reason = "its image tower is neither CLIP's ViT nor CLIP's ResNet, so there are no region features"
     if reason:
         raise UsageError(f"--backbone {clip.name}: SSPA cannot use it: {reason}; choose ViT-B-16, RN50 or the like")
 
@@ -587,10 +590,10 @@ def names_of(config):
 
 
 def labels_of(config, clip, names, texts=None):
-    """What the model has to know of its labels -> Labels. texts: {name: what KAP read of it}, from a checkpoint"""
+    """Texts, tokens and features of the labels -> Labels. texts: {name: KAP's input for it}, from a checkpoint"""
     room = clip.tokenizer.context_length
     if config.context_length + 3 > room:
-        raise UsageError(f"--context-length {config.context_length}: this CLIP reads {room} tokens, the label too")
+        raise UsageError(f"--context-length {config.context_length}: this CLIP reads {room} tokens in all; lower it")
 
     # KAP: a sentence of the language model and the template
     texts = dict(texts or {})
@@ -604,7 +607,7 @@ def labels_of(config, clip, names, texts=None):
     texts = [texts[name] for name in names]
     knowledge = embed.embed_texts(clip, texts, config.cache)
 
-    # CAP and global prompts: "X X X X {name}."; what stands for the X is learnt, and starts as "a photo of a"
+    # CAP and global prompts: "X X X X {name}."; the context vectors take the place of X and start as "a photo of a"
     places = " ".join(["X"] * config.context_length)
     tokens = clip.tokenizer([f"{places} {name}." for name in names])
     start = clip.tokenizer(["a photo of a"])[0, 1:5]
@@ -613,7 +616,8 @@ def labels_of(config, clip, names, texts=None):
 
 
 def features_are_kept(config, clip, count):
-    """Whether the features of so many photos are computed once: a frozen tower, and they fit into CACHE_LIMIT."""
+    """Whether the features of so many photos are computed once and kept: the tower is frozen, and they fit into
+    CACHE_LIMIT."""
     if config.tune_image == "full":
         if clip.device.type == "cpu":
             say("the image tower is tuned on the CPU, which takes long; --tune-image none freezes it and trains in "
@@ -630,7 +634,7 @@ def features_are_kept(config, clip, count):
 
 
 def with_features(config, clip, found, names, kept):
-    """found: data.LabelledPhotos; kept: region features too -> Photos, without what could not be read"""
+    """found: data.LabelledPhotos; kept: compute region features, too -> Photos, without those that cannot be read"""
     X = None
     if kept:
         x0, X, rows = embed.embed_regions(clip, found.photos, image_features, config.cache, config.workers,
@@ -657,13 +661,13 @@ def batches_of(config, clip, photos, batches, augment=None):
         with embed.autocast(clip.device, config.precision):
             x0, X = image_features(clip.model.visual, images.to(clip.device, non_blocking=True))
         labels = photos.labels[rows].clone()
-        labels[~readable] = -1  # a photo that cannot be read is a zero image of which nothing is known
+        labels[~readable] = -1  # a photo that cannot be read is a zero image, and all its labels are ignored
         yield x0, X, labels.to(clip.device)
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
 def set_biases(config, clip, model, photos):
-    """Each branch's bias, so that the sigmoid of the mean logit of the first photos is PRIOR.  [choice D9]"""
+    """Sets each branch's bias so that the sigmoid of its mean logit on the first photos is PRIOR.  [choice D9]"""
     wanted = math.log(PRIOR / (1 - PRIOR))
     first = torch.arange(min(64, len(photos.photos)))
     with torch.no_grad(), embed.autocast(clip.device, config.precision):
@@ -674,7 +678,7 @@ def set_biases(config, clip, model, photos):
 
 
 def optimiser_of(config, model):
-    """AdamW; a tensor's "peak" is what the schedule multiplies.  [choice D11]"""
+    """AdamW with a group for each tensor; the schedule multiplies the group's "peak" learning rate.  [choice D11]"""
     groups = []
     for name, parameter in model.learned().items():
         peak = config.lr
@@ -687,21 +691,21 @@ def optimiser_of(config, model):
 
 
 def default_epochs(count, batch_size):
-    """--epochs where it is not given: 20, but of few photos as many as 150 steps take.  [choice D12]"""
+    """Epochs without --epochs: 20, or with few photos as many as 150 steps take.  [choice D12]"""
     steps = max(1, count // batch_size)
     return max(20, math.ceil(150 / steps))
 
 
 def warm_up_then_cosine(step, total_steps):
-    """Share of the peak learning rate: the product of both; the cosine falls from the first step on.  [choice D11]"""
+    """Share of the peak learning rate: warm-up times a cosine that falls from the first step on.  [choice D11]"""
     warm_up = min(1, (step + 1) / max(1, WARM_UP * total_steps))
     return warm_up * 0.5 * (1 + math.cos(math.pi * step / total_steps))
 
 
 def train(config, clip, labels, photos, seed, folder):
-    """One run -> SSPA with the averaged weights. Randomness hangs on the seed, the epoch and the photo alone, so an
-    interrupted training goes on where it was, and several processes (torchrun) learn what one would: each takes its
-    share of a batch. Raises run.Diverged."""
+    """Trains one model -> SSPA with the averaged weights. Random numbers depend only on the seed, the epoch and the
+    photo, so an interrupted training resumes where it was, and several processes (torchrun), each with its share of a
+    batch, learn what one would. Raises run.Diverged."""
     # ============ model, optimiser, average of the weights ============
     model = SSPA(config, clip.model, labels, seed).to(clip.device)
     set_biases(config, clip, model, photos)
@@ -712,7 +716,7 @@ def train(config, clip, labels, photos, seed, folder):
     if run.WORLD > 1:
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
 
-    # ============ steps of an epoch: what does not fill a batch is left out  [choice D12] ============
+    # ============ steps of an epoch; photos that do not fill a batch are left out  [choice D12] ============
     count = len(photos.photos)
     batch_size = min(config.batch_size, count)
     if batch_size < run.WORLD:
@@ -720,7 +724,7 @@ def train(config, clip, labels, photos, seed, folder):
     steps = count // batch_size
     total_steps = config.epochs * steps
 
-    # ============ go on where a run was killed: Progress puts what it kept into these tensors ============
+    # ============ resume a killed run: Progress copies what was saved into these tensors ============
     state = dict(learned)
     for name, average in averages.items():
         state[f"average of {name}"] = average
@@ -750,7 +754,7 @@ def train(config, clip, labels, photos, seed, folder):
             loss.backward()
             optimiser.step()
 
-            # average of the weights, of few steps at first  [author; choice D11]
+            # moving average of the weights, over few steps at first  [author; choice D11]
             decay = min(config.ema, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(list(averages.values()), list(learned.values()), 1 - decay)
@@ -770,7 +774,7 @@ def train(config, clip, labels, photos, seed, folder):
 # --- score ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def score(config, clip, model, photos):
-    """-> global and regional logits, float64 [2, N, C]. Under torchrun each process scores its share."""
+    """Global and regional logits of the photos -> float64 [2, N, C]. Under torchrun each process scores its share."""
     logits = torch.zeros(2, *photos.labels.shape, dtype=torch.float64, device=clip.device)
     batches = torch.arange(len(photos.photos)).split(64)[run.RANK::run.WORLD]
     with embed.autocast(clip.device, config.precision):
@@ -779,17 +783,17 @@ def score(config, clip, model, photos):
             prediction = model(x0, X, prompts=prompts)
             logits[0, rows] = prediction.global_logits.double()
             logits[1, rows] = prediction.regional_logits.double()
-    if run.WORLD > 1:  # every row is zero but in one process
+    if run.WORLD > 1:  # a row is zero in all processes but one
         dist.all_reduce(logits)
     return logits.cpu()
 
 
 def evaluate(config, clip, model, photos):
-    """-> (dict for metrics.json: what run.measure gives, and the mAP of each branch that is on; scores [N, C])"""
+    """Scores the photos -> (dict for metrics.json: of run.measure, and the mAP of each branch in use; scores [N, C])"""
     global_logits, regional_logits = score(config, clip, model, photos)
     scores = branch_scores(config.branches, global_logits, regional_logits)
     truth = photos.labels.numpy()
-    result = run.measure(scores, scores, probabilities_of(config, scores), truth)  # the scores rank, too
+    result = run.measure(scores, scores, probabilities_of(config, scores), truth)  # scores also rank the photos
     if config.branches != "regional":
         result["mAP_global"] = metrics.mean_average_precision(global_logits.numpy(), truth)
     if config.branches != "global":
@@ -798,14 +802,14 @@ def evaluate(config, clip, model, photos):
 
 
 def load_sspa(config, path, stored, metadata, clip, names):
-    """A checkpoint's model with these labels, perhaps others than those of its training; a tuned tower takes the place
-    of CLIP's. stored, metadata: what run.read_checkpoint gave -> SSPA. Raises UsageError."""
+    """The model of a checkpoint, for these labels, which it may not have been trained on; a tuned tower replaces
+    CLIP's. stored, metadata: from run.read_checkpoint -> SSPA. Raises UsageError."""
     trained = metadata["names"]
     check_clip(clip)
     run.check_fits(path, metadata, trained, clip.name, clip.key)
     new = [name for name in names if name not in trained]
     if new:
-        say(f"{path} was never trained on {', '.join(new[:10])}: label features come from words, so it tries")
+        say(f"{path} was never trained on {', '.join(new[:10])}: it scores them by their texts alone")
     labels = labels_of(config, clip, names, dict(zip(trained, metadata["texts"], strict=True)))
     model = SSPA(config, clip.model, labels, 0).to(clip.device)
     with data.reading(path, "checkpoint", run.OWN_CHECKPOINT):
@@ -814,10 +818,10 @@ def load_sspa(config, path, stored, metadata, clip, names):
 
 
 class Tagger:
-    """A trained SSPA for photos of one's own (tag.py, explain.py)."""
+    """A trained SSPA for the user's own photos (tag.py, explain.py)."""
 
     def __init__(self, config, path, stored, metadata, clip, names):
-        """What load_sspa takes. config: as the model was trained"""
+        """config: the options that the model was trained with; for the other arguments see load_sspa"""
         self.config = config
         self.clip = clip
         self.model = load_sspa(config, path, stored, metadata, clip, names)
@@ -826,14 +830,14 @@ class Tagger:
             self.prompts = self.model.prompts()
 
     def encode(self, images):
-        """[b, 3, H, W] -> what is cached of each photo"""
+        """Images [b, 3, H, W] -> what the cache keeps of each photo: {"scores": [b, C]}"""
         x0, X = image_features(self.clip.model.visual, images)
         prediction = self.model(x0, X, prompts=self.prompts)
         scores = branch_scores(self.config.branches, prediction.global_logits, prediction.regional_logits)
         return {"scores": scores}
 
     def scores_of(self, features):
-        """What encode gave -> float64 [b, C] in 0..1"""
+        """What encode returned -> scores in 0..1, float64 [b, C]"""
         return features["scores"]
 
 
@@ -856,7 +860,7 @@ def main(argv):
         report(record)
         return
 
-    # ============ labels and photos: what is missing is said at once ============
+    # ============ labels and photos: missing files are reported at once ============
     names = names_of(config)
     if config.checkpoint:
         trained = metadata["names"]
@@ -883,7 +887,7 @@ def main(argv):
         train_count = len(train_photos.photos)
         config.epochs = config.epochs or default_epochs(train_count, config.batch_size)
 
-    # ============ baselines: what somebody would try first ============
+    # ============ baselines ============
     prompts = embed.embed_texts(clip, [f"a photo of a {name}." for name in names], config.cache)
     scores = {"truth": test_photos.labels, **baselines.zero_shot(prompts, test_photos.x0)}
     if train_count and not config.no_probe and not config.unseen:
@@ -909,7 +913,7 @@ def main(argv):
             run.save_checkpoint(config, folder, seed, model.learned(), method="sspa", names=trained, texts=labels.texts,
                                 settings=record["config"], encoder=clip.name, encoder_key=clip.key)
             if config.unseen:
-                model.set_labels(labels_of(config, clip, names))  # nothing that is learnt belongs to a label
+                model.set_labels(labels_of(config, clip, names))  # the unseen ones join
         measures, scores[f"seed {seed}"] = evaluate(config, clip, model, test_photos)
         record["runs"].append({"seed": seed, **measures})
         run.end_seed(folder, record, began, scores)
@@ -927,9 +931,9 @@ def report(record):
 
 # --- SSPA: fast paths, each the same as its plain formula -------------------------------------------------------------
 def encode_prompts_fused(model, contexts, tokens):
-    """Same as encode_prompts_reference. The text encoder is causal, so: positions after the longest prompt's end are
-    not computed, and start token and context are computed once a set; the C labels attend to their keys and values.
-    Tokens a set: 1 + L + C (longest - 1 - L) instead of 77 C."""
+    """Same as encode_prompts_reference. Because the text encoder is causal, positions after the longest prompt's end
+    are not computed, and start token and context are computed once per set; the C labels attend to their keys and
+    values. Tokens per set: 1 + L + C (longest - 1 - L) instead of 77 C."""
     sets = len(contexts)
     classes = len(tokens)
     end = tokens.argmax(-1)                                                      # [C]
@@ -942,7 +946,7 @@ def encode_prompts_fused(model, contexts, tokens):
     own = own.repeat(sets, 1, 1)                                                 # [P C, longest - 1 - L, width]
     causal = torch.ones(longest, longest, dtype=torch.bool, device=own.device).tril()
     rows = torch.arange(sets * classes, device=own.device)
-    at_end = end.repeat(sets) - shared                                           # [P C], places among a label's own
+    at_end = end.repeat(sets) - shared                                           # [P C], among a label's own positions
 
     for block in model.transformer.resblocks:
         prefix_q, prefix_k, prefix_v = _query_key_value(block, prefix)
@@ -950,7 +954,7 @@ def encode_prompts_fused(model, contexts, tokens):
         k = torch.cat([_for_every_label(prefix_k, classes), k], 2)
         v = torch.cat([_for_every_label(prefix_v, classes), v], 2)
         attended = F.scaled_dot_product_attention(q, k, v, causal[shared:])
-        if block is model.transformer.resblocks[-1]:  # of its answers the end tokens' alone are wanted
+        if block is model.transformer.resblocks[-1]:  # only its outputs at the end tokens are needed
             own = _rest_of_block(block, own[rows, at_end, None], attended[rows, :, at_end, None])  # one position
             break
         own = _rest_of_block(block, own, attended)
@@ -980,9 +984,9 @@ def _rest_of_block(block, x, attended):
 
 
 def quaternion_linear_fused(components, r_weight, i_weight, j_weight, k_weight, bias):
-    """Same as quaternion_linear_reference. Each component is multiplied apart by its strip of the Hamilton product, for
-    y_r, y_i, y_j, y_k in turn, and added by broadcasting: one that does not vary with the image costs C rows, one that
-    does not vary with the label B rows, a zero one nothing."""
+    """Same as quaternion_linear_reference. Each input component is multiplied separately by its strip of the Hamilton
+    product (its terms of y_r, y_i, y_j, y_k), and the products are added by broadcasting: a component that is the same
+    for all images costs C rows, one that is the same for all labels B rows, a zero one nothing."""
     R, I, J, K = r_weight, i_weight, j_weight, k_weight  # noqa: E741 (the product's own letters)
     strips = [(R, I, J, K), (-I, R, K, -J), (-J, -K, R, I), (-K, J, -I, R)]
     products = []
@@ -1001,16 +1005,16 @@ def quaternion_linear_fused(components, r_weight, i_weight, j_weight, k_weight, 
 
 
 def gated_attention_fused(x, context, w):
-    """Same as gated_attention_reference. The side with fewer rows carries the projections (associativity): with fewer
-    labels than regions, of five d x d products for each region (query or key, value, two gates) the gate's own is left.
+    """Same as gated_attention_reference. The side with fewer rows is projected (by associativity): with fewer labels
+    than regions, of five d x d products for each region (query or key, value, two gates) only the gate's own is left.
     """
     scale = w.log_scale.exp()
-    if x.shape[-2] <= context.shape[-2]:  # those who ask carry the projections
+    if x.shape[-2] <= context.shape[-2]:  # few queries: they are projected
         attention = torch.softmax(scale * (x @ w.query @ w.key.mT) @ context.mT, -1)
         a = attention @ context @ w.value
         if w.gated:
             a_gate = a @ w.gate_attended
-    else:  # many ask few: those who are asked carry them
+    else:  # few keys: they are projected
         attention = torch.softmax(x @ (scale * context @ w.key @ w.query.mT).mT, -1)
         value = context @ w.value
         a = attention @ value
@@ -1035,8 +1039,8 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     targets = targets.reshape(-1)
     full = focal_gradient == "full"
 
-    # Nearly every label is absent: all are taken for absent. The few others are set to -inf, where an absent label
-    # costs nothing, and are written over at the end.
+    # Nearly every label is absent, so all are treated as absent. The few others are set to -inf, where an absent label
+    # costs nothing, and are overwritten at the end.
     few = targets.nonzero()[:, 0]
     few_z = z[few]
     z[few] = -math.inf
@@ -1047,7 +1051,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
         q = p
         log_not_q = F.logsigmoid(z.neg_())
         slope = p
-        if full:  # z is not needed any more, so its memory is used
+        if full:  # z is no longer needed: its memory is reused
             slope = z.copy_(p).sub_(1).mul_(log_not_q).mul_(gamma_neg).add_(p)
     else:
         q = (p - clip).clamp_min_(0)
@@ -1062,7 +1066,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     loss = -torch.dot(weight, log_not_q)
     torch.mul(slope, weight, out=z)
 
-    # present; what is ignored has no weight
+    # present; ignored labels have weight 0
     p = torch.sigmoid(few_z)
     not_p = torch.sigmoid(-few_z)
     log_p = F.logsigmoid(few_z)
@@ -1076,7 +1080,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
 
 
 def logits_alive(z):
-    """Logits whose loss is computed at once: on a processor they stay in its cache between the passes"""
+    """How many logits' loss is computed at once: on a CPU they stay in its cache between the passes"""
     return 2 ** 26 if z.is_cuda else 2 ** 17
 
 
@@ -1110,7 +1114,7 @@ def asymmetric_loss_fused(logits, targets, gamma_neg=2.0, gamma_pos=0.0, clip=0.
 
 
 def cosines_alive(features):
-    """Entries of [b, C, M] that a fused path keeps at once: on a processor what its cache holds"""
+    """How many entries of [b, C, M] a fused path keeps at once: on a CPU as many as its cache holds"""
     return 2 ** 26 if features.is_cuda else 2 ** 19
 
 
@@ -1120,7 +1124,7 @@ def norms(features):
 
 def soft_aggregate_fused(label_features, region_features, temperature, scale):
     """Same as soft_aggregate_reference, without normalised copies of the features, in blocks of samples."""
-    if label_features.ndim == 2:  # no [B, C, d] is there to be spared
+    if label_features.ndim == 2:  # there are no copies [B, C, d] to avoid
         return soft_aggregate_reference(label_features, region_features, temperature, scale)
     step = max(1, cosines_alive(region_features) // (label_features.shape[1] * region_features.shape[1]))
     gathered = []
