@@ -74,7 +74,7 @@ class Config(run.Options):
                               type=run.NOT_NEGATIVE)
     clip: float = option(0.0, "asymmetric loss: an absent label with a score below this costs nothing [author D7]",
                          type=run.SHARE)
-    focal_gradient: str = option("full", "asymmetric loss: differentiate its weights too [choice D7]; stopped [author]",
+    focal_gradient: str = option("full", "full: differentiate that loss's weights, too [choice D7]; stopped [author]",
                                  choices=("full", "stopped"))
     lr: float = option(1e-3, "learning rate at the start; it falls to 0 [choice D8]", type=run.POSITIVE)
     epochs: int = option(30, "passes over the texts [choice D8]", type=run.COUNT)

@@ -1,8 +1,8 @@
-"""Where SSPA saw a photo's strongest labels, a picture a photo: python explain.py CHECKPOINT PHOTOS...
+"""Where SSPA saw a photo's strongest labels, one picture per photo: python explain.py CHECKPOINT PHOTOS...
 
-A row a label: its similarity to every region after GDMA, DSF's attention, boxes where they are known; beside them the
-photo as CLIP saw it, the mean channel of the S-to-V gate over it, and the mean channel of each label's V-to-S gate.
-The maps that experiments/localize.py scores are here, too. B photos, C labels, M regions, d width.
+One row per label: its similarity to every region after GDMA, DSF's attention, boxes where they are known; beside them
+the photo as CLIP saw it, the S-to-V gate over it and each label's V-to-S gate, both averaged over channels. The maps
+that experiments/localize.py scores are here, too. B photos, C labels, M regions, d width.
 """
 from pathlib import Path
 
@@ -20,8 +20,8 @@ from data import UsageError
 
 
 def maps_of(model, prediction, X):
-    """Maps of every label over the regions. prediction: what model(x0, X) gave; X: [B, M, d], unit length
-    -> {name: [B, C, M]}, without those of parts that the model lacks"""
+    """Maps of every label over the regions. prediction: of model(x0, X); X: [B, M, d], unit length
+    -> {name: [B, C, M]}, without the maps of parts that the model lacks"""
     maps = {}
     if prediction.filtering is not None:
         maps["DSF attention"] = prediction.filtering
@@ -38,7 +38,7 @@ def maps_of(model, prediction, X):
 def gradient_map(model, prompts, x0, X, labels):
     """The regional logit's gradient with respect to each unit region, times the region. labels: [B], one a photo
     -> [B, M]"""
-    X = F.normalize(X.float(), dim=-1).requires_grad_()  # forward would normalise again: nothing changes along a region
+    X = F.normalize(X.float(), dim=-1).requires_grad_()  # model.forward normalises X: its slope along a region is zero
     T_ca, _ = model.filter(prompts[1], X)
     T_uf = model.fuse(model.knowledge, T_ca, F.normalize(x0, dim=-1))
     T_fn, X_fn, _, _ = model.align(T_uf, X)
@@ -49,7 +49,7 @@ def gradient_map(model, prompts, x0, X, labels):
 
 @torch.no_grad()
 def explain(model, path, image, top_k, target):
-    """One photo's picture -> target. model: tag.Model of SSPA; image: [3, H, W], as CLIP sees it"""
+    """Writes one photo's picture to target. model: tag.Model of SSPA; image: [3, H, W], as CLIP sees it"""
     clip = model.clip
     network = model.tagger.model
     with embed.autocast(clip.device, clip.precision):
@@ -86,18 +86,18 @@ def mean_channel(gate):
 def main(argv):
     parser = run.Parser(description="Draw where a trained SSPA saw the strongest labels of photos.")
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of sspa.py")
+    add("checkpoint", metavar="CHECKPOINT", help="a checkpoint.safetensors of sspa.py")
     add("photos", nargs="+", metavar="PHOTOS", help="files or folders")
-    add("--labels", metavar="FILE", help="other labels than it was trained on, one a line")
-    add("--top-k", type=run.COUNT, default=3, metavar="K", help="so many labels a photo (default: 3)")
+    add("--labels", metavar="FILE", help="labels to use instead of those it was trained on, one a line")
+    add("--top-k", type=run.COUNT, default=3, metavar="K", help="number of labels per photo (default: 3)")
     add("--output", default="explain", metavar="DIR", help="folder of pictures (default: explain)")
     tag.add_running(parser)
     options = parser.parse_args(argv)
     model, photos = tag.open_model(options)
     if not isinstance(model.tagger, sspa.Tagger):
-        raise UsageError(f"checkpoint {options.checkpoint}: of RP, which has no regions; explain.py draws SSPA's")
+        raise UsageError(f"checkpoint {options.checkpoint}: of RP, which has no regions; pass one of sspa.py")
     if model.tagger.config.branches == "global":
-        raise UsageError("explain.py draws the regional branch, which this model was trained without")
+        raise UsageError("explain.py draws the regional branch; pass a model trained without --branches global")
     decoded = embed.decoded(model.clip, photos, [[row] for row in range(len(photos))], options.workers)
     drawn = 0
     for path, (images, readable) in zip(photos, decoded, strict=True):

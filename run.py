@@ -1,7 +1,7 @@
-"""What a run is, once for both methods: options, device, output folder, progress, checkpoint, record, exit codes.
+"""What both methods share of a run: options, device, output folder, progress, checkpoint, record, exit codes.
 
-A script extends Options by its own dataclass and does its work inside exit_codes, which turns every way to fail into
-one line. A folder belongs to one set of settings and is locked while a run writes it.
+A script extends Options by its own dataclass and does its work inside exit_codes, which reports a failure in one line.
+An output folder belongs to one set of settings and is locked while a run writes it.
 """
 import argparse
 import contextlib
@@ -38,25 +38,25 @@ from data import UsageError, say
 RANK = int(os.environ.get("RANK", 0))  # torchrun's numbers; without it one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 PLAIN_SECONDS = 60  # between lines about a training where stderr is no terminal
-END_SECONDS = float(os.environ.get("END_SECONDS", 5))  # torchrun ends all processes sooner when one has ended
+END_SECONDS = float(os.environ.get("END_SECONDS", 5))  # when one process has ended, torchrun ends the others sooner
 LOST = "another process has ended, or cannot be reached; its own line, or torchrun's, says why"
 FIRST_TRIES = {"zero_shot": "zero-shot (cosine)", "zero_shot_centred": "zero-shot, both sides centred",
-               "linear_probe": "linear probe of its training data"}  # what baselines.py gives, and its row
+               "linear_probe": "linear probe of its training data"}  # scores of baselines.py: title of their row
 
 
 class Diverged(Exception):
-    """The loss is no longer a number."""
+    """The loss, a weight or a test score is no longer finite. The message says what to lower."""
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
 def number(kind, wanted, at_least=-math.inf, above=-math.inf, below=math.inf):
-    """What argparse calls to make a word a number (kind: int or float) within limits; wanted: they in words"""
+    """A type for argparse: a number within limits. kind: int or float; wanted: the limits in words -> str to number"""
     def convert(word):
         value = kind(word)
         if not (value >= at_least and above < value < below):  # nan, too
             raise argparse.ArgumentTypeError(f"must be {wanted}, not {word}")
         return value
-    convert.__name__ = kind.__name__  # which argparse names where a word is no number
+    convert.__name__ = kind.__name__  # argparse names it where a word is no number
     return convert
 
 
@@ -79,25 +79,26 @@ def option(default, text, group="method", **words):
 class Options:
     dataset: str = option("scenes", "labelled photos", "data", choices=data.DATASETS)
     data_root: str = option("data", "folder that holds the datasets", "data", metavar="DIR")
-    policy: tuple = option((), "treatment of doubtful labels, or of splits, such as difficult=negative (a wrong one is "
-                           "answered by the dataset's list)", "data", nargs="+", metavar="NAME=VALUE")
+    policy: tuple = option((), "how doubtful labels and splits are treated, such as difficult=negative (a wrong one "
+                           "prints the dataset's list)", "data", nargs="+", metavar="NAME=VALUE")
     labels: str = option(None, "label file, one name a line (default: the dataset's own)", "data", metavar="FILE")
-    unseen: tuple = option((), "labels that training does not see and that are scored beside the others", "data",
+    unseen: tuple = option((), "labels held out of training, and scored beside the others", "data",
                            nargs="+", metavar="LABEL")
-    train_count: int = option(None, "train on N photos (RP: texts of a file), drawn from all by a fixed seed, fewer "
-                              "among more", "data", type=COUNT, metavar="N")
+    train_count: int = option(None, "train on N photos (RP: texts of a file), drawn by a fixed seed; a larger N only "
+                              "adds to them", "data", type=COUNT, metavar="N")
     test_count: int = option(None, "score N test photos, drawn likewise", "data", type=COUNT, metavar="N")
     no_probe: bool = option(False, "no linear probe beside the result", "data")
     backbone: str = option(None, "open_clip's name, or scenes (default: scenes for scenes, else ViT-B-16)", "CLIP")
-    pretrained: str = option(None, "open_clip's tag, a file, or none: random (default: openai)", "CLIP", metavar="FILE")
-    resolution: int = option(None, "pixels (default: the backbone's own)", "CLIP", type=COUNT)
-    precision: str = option(None, "CLIP's numbers; losses are fp32 (default: bf16 on a GPU, else fp32)", "CLIP",
+    pretrained: str = option(None, "weights: open_clip's tag, a file, or none: random (default: openai)", "CLIP",
+                             metavar="FILE")
+    resolution: int = option(None, "image side in pixels (default: the backbone's own)", "CLIP", type=COUNT)
+    precision: str = option(None, "precision of CLIP; losses are fp32 (default: bf16 on a GPU, else fp32)", "CLIP",
                             choices=("fp32", "bf16"))
     lr: float = option(None, "learning rate", type=POSITIVE)
     epochs: int = option(None, "passes over the training data", type=COUNT)
     batch_size: int = option(None, "rows an optimiser step", type=COUNT)
-    seed: tuple = option((0,), "starts all random draws; one or more (default: 0)", nargs="+", type=SEED)
-    impl: str = option("fused", "fast paths, or the plain formulas", choices=("fused", "reference"))
+    seed: tuple = option((0,), "random seeds, a training for each (default: 0)", nargs="+", type=SEED)
+    impl: str = option("fused", "fused: the fast paths; reference: the plain formulas", choices=("fused", "reference"))
     gpu: int = option(None, "GPU number (default: 0 if there is one)", "running", type=WHOLE, metavar="N")
     cpu: bool = option(False, "run on the CPU", "running")
     workers: int = option(None, "processes that decode photos (default: as many as cores, at most 16)", "running",
@@ -105,10 +106,10 @@ class Options:
     cache: str = option("runs/cache", "folder of cached features", "running", metavar="DIR")
     output: str = option(None, "folder of results (default: runs/<method>/<dataset>)", "running", metavar="DIR")
     overwrite: bool = option(False, "begin anew in a folder that holds a run", "running")
-    save_all: bool = option(False, "keep every seed's model, not the first one's alone, in checkpoints/", "running")
-    checkpoint: str = option(None, "a trained model, scored on the test photos instead of training", "running",
+    save_all: bool = option(False, "save every seed's model in checkpoints/, not only the first one's", "running")
+    checkpoint: str = option(None, "score this trained model on the test photos instead of training", "running",
                              metavar="FILE")
-    tensorboard: bool = option(False, "write what log.jsonl holds for TensorBoard too", "running")
+    tensorboard: bool = option(False, "also write the values of log.jsonl for TensorBoard", "running")
     quiet: bool = option(False, "no progress bar", "running")
     given: tuple = ()  # names of the options that stood on the command line
 
@@ -122,7 +123,7 @@ def flag_of(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """Of mistakes on the command line it raises UsageError, and takes no shortened options."""
+    """Raises UsageError for mistakes on the command line, and takes no abbreviated options."""
 
     def __init__(self, **words):
         super().__init__(allow_abbrev=False, **words)
@@ -132,7 +133,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(kind, argv, description, epilog):
-    """kind: dataclass that extends Options; argv: words -> kind. Raises UsageError for words that make no sense."""
+    """The command line -> an instance of kind, a dataclass that extends Options. argv: its words. Raises UsageError."""
     parser = Parser(description=description, epilog=epilog, argument_default=argparse.SUPPRESS)
     groups = {name: parser.add_argument_group(name) for name in ("method", "data", "CLIP", "running")}
     for field in options_of(kind):
@@ -164,18 +165,18 @@ def add_option(group, field):
 
 
 def without_unseen(config, names):
-    """The labels that training may see, all but --unseen -> list of str. Raises UsageError."""
+    """The labels to train on, all but --unseen -> list of str. Raises UsageError."""
     for name in config.unseen:
         if name not in names:
             raise UsageError(f"--unseen {name}: must be one of the labels {', '.join(names[:30])}")
     trained = [name for name in names if name not in config.unseen]
     if not trained:
-        raise UsageError("--unseen: leaves no label to learn from")
+        raise UsageError("--unseen: leaves no label to train on; name fewer")
     return trained
 
 
 def settings_of(config):
-    """What decides a result: options other than the running ones, content of files and datasets. JSON values."""
+    """What decides a result: all but the running options, and digests of files and datasets -> dict of JSON values"""
     settings = {"content of the dataset": data.identity(config.dataset, config.data_root)}
     for field in options_of(config):
         value = getattr(config, field.name)
@@ -190,7 +191,8 @@ def settings_of(config):
 
 # --- device -----------------------------------------------------------------------------------------------------------
 def set_up(config):
-    """The device, and torchrun's process group; sets config.precision where it is not given. -> torch.device"""
+    """Chooses the device, joins torchrun's process group, and sets config.precision where it is not given
+    -> torch.device. Raises UsageError."""
     if config.gpu is not None and (config.cpu or WORLD > 1):
         raise UsageError("--gpu excludes --cpu, and torchrun, which gives every process its own; leave one out")
     count = torch.cuda.device_count()
@@ -225,8 +227,8 @@ HELD = []  # locks, until the process ends
 
 
 def open_folder(config, default):
-    """Lock the run's folder -> (folder, its record: {} for a new run). A checkpoint that is scored without --output has
-    no folder: (None, {}). Raises UsageError where another process writes it, or it holds a run with other settings."""
+    """Locks the run's folder -> (folder, its record: {} for a new run). Scoring a --checkpoint without --output needs
+    no folder: (None, {}). Raises UsageError if another process is writing it or it holds a run with other settings."""
     if config.checkpoint and not config.output:
         return None, {}
     folder = Path(config.output or default)
@@ -240,7 +242,7 @@ def open_folder(config, default):
         then = dict(record["config"])
         finished = record["finished"]
         record["runs"] = [one for one in record["runs"] if one["seed"] in config.seed]
-    if config.epochs is None:  # their number depends on that of the photos
+    if config.epochs is None:  # the default depends on the number of photos
         config.epochs = record.get("default_epochs")
     now = settings_of(config)
     differ = [f"{name} {then.get(name)}, not {now.get(name)}" for name in then | now if then.get(name) != now.get(name)]
@@ -253,7 +255,7 @@ def open_folder(config, default):
 
 
 def begin(folder, record):
-    """Just before training: deletes the files of the run before, and writes the new record."""
+    """Call just before training: deletes the previous run's files and writes the new record."""
     if folder and RANK == 0:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         for name in ("metrics.json", "scores.safetensors", "resume.pt", "checkpoint.safetensors", "log.jsonl"):
@@ -262,7 +264,7 @@ def begin(folder, record):
 
 
 def earlier_scores(folder):
-    """What end_seed kept when this run was interrupted -> {name: [M, C]}. Raises UsageError for a damaged file."""
+    """What end_seed saved before this run was interrupted -> {name: [M, C]}. Raises UsageError for a damaged file."""
     path = folder / "scores.safetensors"
     if not path.is_file():
         return {}
@@ -271,8 +273,8 @@ def earlier_scores(folder):
 
 
 def end_seed(folder, record, began, scores):
-    """metrics.json with another seed in record["runs"], and the means over all of them; scores.safetensors. began:
-    start time; scores: {name: tensor [M, C]}, empty without test photos"""
+    """Writes metrics.json, with the last seed of record["runs"] and the means over all, and scores.safetensors. began:
+    start time of the script; scores: {name: tensor [M, C]}, empty without test photos"""
     runs = record["runs"]
     record["seconds"] = round(time.time() - began, 2)
     record["peak_memory_mib"] = peak_memory_mib()
@@ -291,11 +293,11 @@ def end_seed(folder, record, began, scores):
 
 # --- progress of a training -------------------------------------------------------------------------------------------
 class Progress:
-    """A training's log.jsonl and resume.pt, both written after every epoch, and what a person sees of it."""
+    """A training's log.jsonl and resume.pt, both written after every epoch, and its progress bar."""
 
     def __init__(self, config, folder, title, steps, tensors, optimiser):
-        """title: names the run; steps: of an epoch; tensors: {name: tensor} of all that training changes. What an
-        interrupted run kept goes into tensors and optimiser. Raises UsageError for a damaged resume.pt."""
+        """title: names the run; steps: in an epoch; tensors: {name: tensor} of all that training changes. What an
+        interrupted run saved is copied into tensors and optimiser. Raises UsageError for a damaged resume.pt."""
         self.config = config
         self.folder = folder
         self.title = title
@@ -316,7 +318,7 @@ class Progress:
             self.board = SummaryWriter(folder)
 
     def _begin_log(self):
-        """Keeps the lines of earlier seeds, and this seed's up to the last save; later lines of a killed run go."""
+        """Keeps the lines of earlier seeds, and this seed's up to the last save; drops a killed run's later ones."""
         path = self.folder / "log.jsonl"
         lines = []
         if path.is_file():
@@ -328,9 +330,9 @@ class Progress:
         with data.reading(self.folder / "resume.pt", "half-trained model", "delete it to train this seed anew") as path:
             try:
                 with catch_warnings():
-                    simplefilter("ignore")  # torch's, of a foreign file
+                    simplefilter("ignore")  # torch warns about foreign files
                     state = torch.load(path, weights_only=True, map_location="cpu")
-            except Exception:  # torch raises many kinds, and advises to load what must not be loaded
+            except Exception:  # torch raises many kinds, and advises loading what must not be loaded
                 raise ValueError("is damaged") from None
             if state["title"] != self.title:
                 return
@@ -340,7 +342,7 @@ class Progress:
         say(f"{self.folder}: going on after epoch {len(self.log)}")
 
     def step(self):
-        """After every step: the bar; where stderr is no terminal, a plain line a minute."""
+        """Call after every step: moves the bar, or, where stderr is no terminal, prints a line a minute."""
         self.bar.update()
         now = time.time()
         if self.bar.disable and not self.config.quiet and now > self.said_at + PLAIN_SECONDS:
@@ -378,7 +380,7 @@ class Progress:
 
 
 def fill(tensors, stored):
-    """Copy stored {name: tensor} into tensors of the same names and shapes. Raises ValueError."""
+    """Copies stored {name: tensor} into tensors. Raises ValueError where names or shapes differ, or for nan and inf."""
     for name in tensors.keys() | stored.keys():
         if name not in tensors or name not in stored or tensors[name].shape != stored[name].shape:
             raise ValueError("its tensors do not fit its settings")
@@ -394,8 +396,8 @@ OWN_CHECKPOINT = "pass a checkpoint.safetensors that adapter_rp.py or sspa.py wr
 
 
 def save_checkpoint(config, folder, seed, tensors, **metadata):
-    """A run's learned tensors; method, class order, settings, encoder ... as JSON in the file's metadata. The first
-    seed's are checkpoint.safetensors, with --save-all each seed's are checkpoints/seed <seed>.safetensors."""
+    """Saves a run's learned tensors, with method, names, settings, encoder ... as JSON in the file's metadata, the
+    first seed's in checkpoint.safetensors, with --save-all each seed's in checkpoints/seed <seed>.safetensors."""
     if RANK > 0:
         return
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -408,10 +410,10 @@ def save_checkpoint(config, folder, seed, tensors, **metadata):
 
 
 def read_checkpoint(path, method=None):
-    """-> (tensors, metadata: dict with method, names, settings, encoder, encoder_key). Raises UsageError for any other
-    file, and for one of another method."""
+    """Reads a checkpoint -> (tensors, metadata: dict with method, names, settings, encoder, encoder_key). Raises
+    UsageError for any other file, and for one of another method."""
     with data.reading(path, "checkpoint", OWN_CHECKPOINT) as path:
-        path.open("rb").close()  # says more plainly that it is missing, or a folder
+        path.open("rb").close()  # says more plainly than safe_open that it is missing, or a folder
         with safe_open(path, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no dict)
             metadata = {name: json.loads(value) for name, value in (stored.metadata() or {}).items()}
@@ -424,8 +426,8 @@ def read_checkpoint(path, method=None):
 
 
 def as_trained(config, metadata):
-    """The method's options as the checkpoint was made; other options, too, where the command line does not give them,
-    and those of the data only together with its dataset. -> config"""
+    """config with the options of the checkpoint's training: those of the method always, others where the command line
+    does not give them, and of these the data options only without --dataset. -> a new config"""
     settings = metadata["settings"]
     changes = {"seed": (metadata["seed"],)}
     for field in options_of(config):
@@ -441,13 +443,13 @@ def as_trained(config, metadata):
         if isinstance(value, list):
             value = tuple(value)
         if given and group == "method" and getattr(config, name) != value:
-            say(f"{config.checkpoint} was made with its own {flag_of(name)} {value}; the command line's is not used")
+            say(f"{config.checkpoint} was made with its own {flag_of(name)} {value}; the command line's is ignored")
         changes[name] = value
     return dataclasses.replace(config, **changes)
 
 
 def check_fits(path, metadata, names, encoder, encoder_key):
-    """A checkpoint is used with its own labels in their order, and with its own encoder. Raises UsageError."""
+    """Raises UsageError unless a checkpoint was trained on these labels in this order, and on this encoder."""
     trained = metadata["names"]
     if names != trained:
         reason = f"it has {len(trained)} labels, not {len(names)}"
@@ -464,8 +466,8 @@ def check_fits(path, metadata, names, encoder, encoder_key):
 
 # --- results ----------------------------------------------------------------------------------------------------------
 def measure(logits, scores, probabilities, truth):
-    """What is recorded of one run. logits [N, C] rank, scores [N, C] in 0..1 are cut at 0.5, as the papers do;
-    probabilities: what these state, or None; tensors; truth: numpy [N, C] -> dict, percent"""
+    """The metrics of one run -> dict, percent. Tensors [N, C]: logits rank the photos; scores in 0..1 are cut at 0.5,
+    as in the papers; probabilities: what the scores imply, or None. truth: numpy [N, C]. Raises Diverged."""
     logits = logits.numpy()
     scores = scores.numpy()
     if not np.isfinite(logits).all():
@@ -497,14 +499,14 @@ def calibration(scores, truth):
 
 
 def spread(values):
-    """(mean, sample standard deviation; 0 for one value). None counts as undefined."""
+    """values: numbers, None counts as nan -> (mean, sample standard deviation; 0 for one value)"""
     values = np.array(values, float)
     more_than_one = len(values) > 1
     return float(values.mean()), float(values.std(ddof=int(more_than_one)))
 
 
 def commit():
-    """The git commit this file is at, "+" when the tree has changes, "unknown" outside a repository."""
+    """The git commit of this file, with "+" if the tree has changes; "unknown" outside a repository."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     try:
         return subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip()
@@ -513,8 +515,8 @@ def commit():
 
 
 def new_record(method, config, argv, device, names, trained, scores):
-    """metrics.json before the first seed is done. names: all labels; trained: those that are learnt; scores: {"truth":
-    labels of the test photos [M, C], and what baselines.py gives}, empty without test photos -> dict"""
+    """metrics.json before the first seed is done. names: all labels; trained: those trained on; scores: {"truth":
+    labels of the test photos [M, C], and scores of baselines.py}, empty without test photos -> dict"""
     photo_count = 0
     positives = [None] * len(names)
     zero_shot_ap = [None] * len(names)
@@ -556,7 +558,7 @@ def new_record(method, config, argv, device, names, trained, scores):
 
 
 def peak_memory_mib():
-    """Of the GPU where one is used, else of this process"""
+    """Peak memory in MiB, of the GPU where one is used, else of this process; None where it is unknown"""
     if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
     if find_spec("resource") is None:  # Windows has none
@@ -567,13 +569,13 @@ def peak_memory_mib():
 
 
 def f1s(runs, group):
-    """CF1, OF1 and macro F1, means over runs, as a row's end"""
+    """The end of a row: CF1, OF1 and macro F1, means over runs"""
     CF1, OF1, macro = (spread([one[group][name] for one in runs])[0] for name in ("CF1", "OF1", "macro F1"))
     return f"{CF1:8.1f}{OF1:8.1f}{macro:12.1f}"
 
 
 def report(record, row, learnt_from):
-    """Print a result as a person reads it. row: what the method's row is called; learnt_from: words"""
+    """Prints the table of results. row: title of the method's row; learnt_from: its training data, in words"""
     runs = record["runs"]
     seeds = " ".join(map(str, record["seeds"]))
     tested = ""
@@ -581,7 +583,7 @@ def report(record, row, learnt_from):
         tested = f"{record['dataset']}: {record['photo_count']:,} test photos, "
     print(f"{tested}{record['label_count']:,} labels; {record['backbone']}; {learnt_from}; seed {seeds}")
     if record["mAP"] is None:
-        print("(no test photos for these labels: nothing to score; --dataset names a set that has them)")
+        print("(no test photos for these labels: nothing to score; pass a --dataset that has them)")
         return
     print(f"\n{'':<34}{'mAP %':>14}{'CF1 %':>8}{'OF1 %':>8}{'macro F1 %':>12}")
     for name, words in FIRST_TRIES.items():
@@ -612,12 +614,13 @@ def report(record, row, learnt_from):
 # --- exit codes -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def exit_codes(script):
-    """Ends the process: 0 done, 2 a mistake or missing data, 3 diverged, 130 interrupted; one line says why."""
+    """`with exit_codes(script) as argv:` ends the process with 0 done, 2 user error or missing data, 3 diverged, 130
+    interrupted; one line says why."""
     # the asymmetric loss makes gradients whose squares are below 1e-38, with which a CPU is many times slower
     torch.set_flush_denormal(True)
     data.speak_utf8()
     stderr = sys.stderr
-    if RANK > 0:  # what all processes have to say, the first one says
+    if RANK > 0:  # the first process speaks for all
         sys.stdout = stderr = open(os.devnull, "w", errors="ignore")  # noqa: SIM115 (for the rest of the process)
     code = 2
     why = None
@@ -648,12 +651,12 @@ def exit_codes(script):
         else:
             raise
     if why and WORLD > 1:
-        if RANK > 0 or why == LOST:  # who failed after another process, or for the same reason, is ended unheard
+        if RANK > 0 or why == LOST:  # if another process failed, too, torchrun ends this one before it says the same
             time.sleep(END_SECONDS)
         why = f"process {RANK} of {WORLD}: {why}"
     if why:
         say(f"{script}: {why}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout = None  # what could not be written is not tried again at exit
+    sys.stdout = None  # else Python would try again at exit to write what it could not
     sys.exit(code)

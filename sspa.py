@@ -61,7 +61,7 @@ class Config(run.Options):
                              "cache its features [choice D13]", choices=("none", "full"))
     context_length: int = option(4, "context vectors before a label's name [figure: 4 drawn; choice D1]",
                                  type=run.COUNT)
-    attention_scale: float = option(10.0, "initial scale of the attention logits; 0: fixed 1/sqrt(d) [choice D4]",
+    attention_scale: float = option(10.0, "initial scale in the attention's softmax; 0: 1/sqrt(d), fixed [choice D4]",
                                     type=run.NOT_NEGATIVE)
     no_dsf: bool = option(False, "ablation: the prompts are not filtered by the image")
     fusion: str = option("qsm", "how the prompts are fused: with the image, by a quaternion network (qsm) [figure]; "
@@ -80,7 +80,7 @@ class Config(run.Options):
                               type=run.NOT_NEGATIVE)
     clip: float = option(0.0, "loss: an absent label with a score below this costs nothing [author D10]",
                          type=run.SHARE)
-    focal_gradient: str = option("full", "loss: differentiate its weights too [choice D10]; stopped [author]",
+    focal_gradient: str = option("full", "full: differentiate the loss's weights, too [choice D10]; stopped [author]",
                                  choices=("full", "stopped"))
     regional_weight: float = option(1.0, "weight of the regional branch's loss [author D10]", type=run.NOT_NEGATIVE)
     lr: float = option(None, "learning rate, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice D11, "

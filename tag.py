@@ -1,19 +1,19 @@
-"""Tags for photos of one's own, by a trained checkpoint of either method.
+"""Tags your own photos with a trained checkpoint of either method.
 
     python tag.py runs/rp/scenes/checkpoint.safetensors photos/        tags/tags.jsonl, tags/contact_sheet.png
     python tag.py CHECKPOINT PHOTOS... --html --threshold 0.6          and tags/tags.html, a page to look through them
     python tag.py CHECKPOINT PHOTOS... --csv --xmp                     and tags/tags.csv, and photo.jpg.xmp a photo
     python tag.py CHECKPOINT PHOTOS... --stdout                        a line a photo as soon as it is done, no files
 
-A photo gives a JSON line: {"photo": path, "labels": [tags, strongest first], "probabilities": {label: 0 to 1}}. A tag
-is a label whose probability is above the label's threshold. Without a number these thresholds are those at which the
-probabilities of the photos at hand lead one to expect the highest F1; they stand in thresholds.json. Scores are cached
-a photo a row, so the same command after a kill, with more photos or with other thresholds computes only what is new.
-In Python:
+A photo gives a JSON line: {"photo": path, "labels": [tags, likeliest first], "probabilities": {label: 0 to 1}}. A tag
+is a label whose probability is above the label's threshold. Without --threshold, and with enough photos, a label's
+threshold is the one with the highest expected F1, given the probabilities of these photos; thresholds.json holds them.
+Scores are cached a photo a row, so the same command after a kill, with more photos or with other thresholds computes
+only what is new. In Python:
 
     model = tag.load("checkpoint.safetensors")
     model.labels                                             # C names
-    model.probabilities(["photo.jpg", image, tensor])        # float64 [3, C]; model.scores: before they are corrected
+    model.probabilities(["photo.jpg", image, tensor])        # float64 [3, C]; model.scores: the uncorrected scores
 """
 import csv
 import io
@@ -34,15 +34,15 @@ import run
 import sspa
 from data import UsageError, say
 
-ENOUGH = 100  # photos, from which on thresholds are found from their probabilities alone  [choice]
-FIXED = 0.3  # threshold of every label where there are fewer, or where lines are streamed  [choice]
+ENOUGH = 100  # photos; with as many or more, thresholds are found from their probabilities alone  [choice]
+FIXED = 0.3  # threshold of every label with fewer photos, and with --stdout  [choice]
 
 
 class Model:
     """A trained model of either method."""
 
     def __init__(self, tagger, labels, to_probabilities):
-        """to_probabilities: probabilities_of of the method's script"""
+        """tagger: the method's Tagger; labels: C names; to_probabilities: the method's probabilities_of"""
         self.tagger = tagger
         self.clip = tagger.clip
         self.labels = labels
@@ -60,11 +60,11 @@ class Model:
         return np.concatenate(scores)
 
     def probabilities(self, photos):
-        """The same, as the chances that the scores state. Raises UsageError for a model that states none."""
+        """The probabilities that the scores imply, float64 [N, C]. Raises UsageError for a model without such."""
         return self.probabilities_of(torch.from_numpy(self.scores(photos)))
 
     def probabilities_of(self, scores):
-        """float64 [N, C] -> numpy [N, C]"""
+        """Scores, float64 tensor [N, C] -> probabilities, numpy [N, C]. Raises UsageError, as probabilities."""
         probabilities = self.to_probabilities(self.tagger.config, scores)
         if probabilities is None:
             raise UsageError("the model was trained with --loss ranking, whose scores are no probabilities; train it "
@@ -80,14 +80,14 @@ class Model:
 
 
 def load(checkpoint, device="cpu", labels=None, cache=None, precision="fp32"):
-    """A checkpoint.safetensors of adapter_rp.py or sspa.py -> Model. labels: others than it was trained on, where the
-    method can. Raises UsageError."""
+    """A checkpoint.safetensors of adapter_rp.py or sspa.py -> Model. labels: names to use instead of those it was
+    trained on, where the method can; cache: folder of cached features, or None. Raises UsageError."""
     stored, metadata = run.read_checkpoint(checkpoint)
     method = adapter_rp if metadata["method"] == "rp" else sspa
     config = run.as_trained(method.Config(), metadata)
     if metadata["encoder_key"] == "features":
-        raise UsageError(f"checkpoint {checkpoint}: trained on {metadata['encoder']}, for whose encoder there is no "
-                         "code here that takes photos; train with --backbone")
+        raise UsageError(f"checkpoint {checkpoint}: trained on {metadata['encoder']}, made by an encoder that cannot "
+                         "be run on photos here; train with --backbone")
     config.cache = cache
     config.precision = precision
     clip = run.load_clip(config, torch.device(device))
@@ -101,15 +101,15 @@ def parse(argv):
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("photos", nargs="+", metavar="PHOTOS", help="files or folders")
-    add("--labels", metavar="FILE", help="other labels than it was trained on, one a line, where the method can")
+    add("--labels", metavar="FILE", help="labels to use instead of those it was trained on, one a line, if it can")
     add("--threshold", metavar="T", help="a label above this probability is a tag: a number, a JSON file {label: "
-        f"number}}, or auto: for each label, from all photos (default: auto from {ENOUGH} photos on, else {FIXED})")
+        f"number}}, or auto: found for each label from all photos (default: auto for {ENOUGH} or more, else {FIXED})")
     add("--top-k", type=run.COUNT, metavar="K", help="the K likeliest labels are the tags, whatever the thresholds")
     add("--output", default="tags", metavar="DIR", help="folder of results (default: tags)")
     add("--stdout", action="store_true", help="write the lines to standard output as photos are done, and no files")
-    add("--html", action="store_true", help="a page to look through the photos, too")
-    add("--csv", action="store_true", help="a table, too: a line a photo, its tags, a column a label of probabilities")
-    add("--xmp", action="store_true", help="the tags beside each photo, too, in a sidecar that photo managers read")
+    add("--html", action="store_true", help="also write a page to look through the photos")
+    add("--csv", action="store_true", help="also write a table: for each photo its tags and each label's probability")
+    add("--xmp", action="store_true", help="also write each photo's tags into a sidecar that photo managers read")
     add_running(parser)
     options = parser.parse_args(argv)
     options.threshold = read_threshold(options.threshold)
@@ -140,7 +140,7 @@ def read_threshold(word):
 
 
 def add_running(parser):
-    """The options that the methods have, too."""
+    """Adds the options that are shared with the methods."""
     for field in run.options_of(run.Options):
         if field.name in ("gpu", "cpu", "cache", "workers", "quiet"):
             run.add_option(parser, field)
@@ -148,7 +148,7 @@ def add_running(parser):
 
 
 def open_model(options):
-    """-> (Model, photos: list of Path). What is missing is said before anything is computed. Raises UsageError."""
+    """The model and the photos of the command line -> (Model, list of Path). Raises UsageError for what is missing."""
     photos = [photo for path in options.photos for photo in data.list_photos(path)]
     labels = None
     if options.labels:
@@ -157,12 +157,12 @@ def open_model(options):
     device = run.set_up(options)
     model = load(options.checkpoint, device, labels, options.cache, options.precision)
     if model.clip.name == "scenes":
-        say("CLIP is the scenes toy here, trained on drawn pictures: what it says of photographs means nothing")
+        say("CLIP is the scenes toy here, trained on drawn pictures: its tags of photographs mean nothing")
     return model, photos
 
 
 def thresholds_for(labels, count, options):
-    """-> numpy [C]; None where they are to be found from the photos, of which there are so many. Raises UsageError."""
+    """Each label's threshold, numpy [C]; None: to be found from the photos. count: of photos. Raises UsageError."""
     threshold = options.threshold
     if threshold is None and (count < ENOUGH or options.stdout):
         threshold = FIXED
@@ -224,8 +224,8 @@ def line_of(photo, probabilities, thresholds, labels, top_k):
 
 
 def write_files(model, photos, thresholds, options):
-    """DIR/tags.jsonl, thresholds.json, contact_sheet.png and what else was asked for. What was there is replaced at the
-    end alone."""
+    """Writes DIR/tags.jsonl, thresholds.json, contact_sheet.png and what else was asked for. Earlier files are replaced
+    only at the end."""
     folder = Path(options.output)
     lock = data.hold(folder / ".lock", f"--output {folder}")
     read = list(tagged(model, photos, options))
@@ -258,7 +258,7 @@ def write_files(model, photos, thresholds, options):
 
 
 def table_of(photos, names, labels, probabilities):
-    """tags.csv, with the mark by which spreadsheets know UTF-8. names: for each photo its tags"""
+    """The text of tags.csv, with the byte order mark that tells spreadsheets UTF-8. names: for each photo its tags"""
     table = io.StringIO()
     table.write("\ufeff")
     writer = csv.writer(table, lineterminator="\n")
@@ -269,7 +269,7 @@ def table_of(photos, names, labels, probabilities):
 
 
 def write_page(path, model, photos, lines, rows, thresholds, options):
-    """rows: of the photos that it shows. -> its path"""
+    """Writes the page of tagged photos; rows: those of the photos that it shows -> its path"""
     shown = [photos[row] for row in rows]
     found = embed.encode_photos(model.clip, shown, *thumbnails_of(model.clip), options.cache, options.workers,
                                 options.quiet, share=False)
@@ -278,8 +278,8 @@ def write_page(path, model, photos, lines, rows, thresholds, options):
 
 
 def write_sidecars(photos, names):
-    """Beside each photo.jpg a photo.jpg.xmp with its tags, as digiKam, Lightroom and Immich read them; those of other
-    programs stay as they are. names: for each photo its tags. -> what was written, in words"""
+    """Writes beside each photo.jpg a photo.jpg.xmp with its tags, as digiKam, Lightroom and Immich read them; sidecars
+    of other programs stay as they are. names: for each photo its tags -> what was written, in words"""
     template = data.read_text(data.ASSETS / "sidecar.xmp", "template")
     of_others = []
     for photo, some in zip(photos, names, strict=True):
@@ -296,7 +296,7 @@ def write_sidecars(photos, names):
 
 
 def report(labels, probabilities, tags, thresholds):
-    """What a person wants to know at the end. What is expected follows from the probabilities alone."""
+    """Prints how often each label was tagged, with precision and F1 as expected from the probabilities alone."""
     chosen = np.zeros(probabilities.shape, bool)
     for row, some in zip(chosen, tags, strict=True):
         row[some] = True

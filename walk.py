@@ -1,4 +1,4 @@
-"""SSPA with the figure beside you: one drawn picture and three labels through every box, shapes and numbers printed.
+"""Read SSPA with the figure beside you: one drawn picture and three labels through every box, with shapes and numbers.
 
     python walk.py        seconds; nothing is trained: projections start as the identity, prompts as "a photo of a"
 """
@@ -47,7 +47,7 @@ with torch.no_grad():
     show("A", attention, "DSF: softmax over regions                          DynamicSemanticFiltering")
     for label, name in enumerate(names):
         weight, region = attention[0, label].max(0)
-        print(f"      {name} looks most at row {region // 8}, column {region % 8}: {weight:.3f} (alike: {1 / 64:.3f})")
+        print(f"      {name} attends most to row {region // 8}, column {region % 8}: {weight:.3f} (all: {1 / 64:.3f})")
     show("T_ca", T_ca, "A X: what each label gathers from the image")
 
     # quaternion semantic modelling
@@ -56,9 +56,9 @@ with torch.no_grad():
 
     # gated dual-modal alignment
     T_fn, X_fn, label_gate, region_gate = model.align(T_uf, X)
-    show("T_fn", T_fn, "GDMA, labels ask regions                           gated_attention_reference")
-    show("g", label_gate, f"its gate, one a channel; mean {label_gate.mean():.3f}")
-    show("X_fn", X_fn, "GDMA, regions ask labels")
+    show("T_fn", T_fn, "GDMA, labels attend to regions                     gated_attention_reference")
+    show("g", label_gate, f"its gate for each channel; mean {label_gate.mean():.3f}")
+    show("X_fn", X_fn, "GDMA, regions attend to labels")
 
     # branches
     scale = model.global_log_scale.exp()
@@ -72,4 +72,4 @@ with torch.no_grad():
     L_G = sspa.asymmetric_loss_reference(s_G, targets)
     L_R = sspa.asymmetric_loss_reference(s_R + model.regional_bias, targets)
     print(f"\ntargets {targets.tolist()[0]}; losses {L_G:.3f} (global), {L_R:.3f} (regional)")
-    assert torch.allclose(model(x0, X, targets), L_G + L_R)  # what forward does is what stands above
+    assert torch.allclose(model(x0, X, targets), L_G + L_R)  # SSPA.forward computes the same
