@@ -1,4 +1,4 @@
-"""Files, label names, texts, photos, and your own folder of photos. The published datasets are in datasets.py.
+"""Files, label names, texts, photos, and tables of labels. The published datasets are in datasets.py.
 
 N photos or texts, C labels. Labels are int8 [N, C]: 1 present, 0 absent, -1 ignored. Raises UsageError for user errors:
 one line that names the file or option and says what to do. The scripts print it and exit with code 2.
@@ -45,19 +45,19 @@ class UsageError(Exception):
 
 
 class MissingFile(UsageError):
-    """A file does not exist. load_photos adds which files a dataset needs and who publishes them."""
+    """A file does not exist. load_photos adds to it which files a dataset needs and who publishes them."""
 
 
 def say(message):
-    """One line for the person at the terminal. Stderr, so that stdout holds results only."""
-    tqdm.write(message, sys.stderr)  # on a line of its own, also where a bar is drawn
+    """Print one line to the user, on stderr, so that stdout holds results only."""
+    tqdm.write(message, sys.stderr)  # on a line of its own, even beside a progress bar
 
 
 say_once = lru_cache(say)  # the same line is not said again
 
 
 def speak_utf8():
-    """Labels of any script and file names of any bytes can be printed from here on, whatever the locale."""
+    """From here on, labels of any script and file names of any bytes can be printed, whatever the locale."""
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     if sys.stderr.encoding != "utf-8":
         sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -68,8 +68,8 @@ def speak_utf8():
 @contextmanager
 def reading(path, what, remedy):
     """`with reading(path, "label file", "give a UTF-8 text file") as path:` around code that reads a file. Every
-    failure in it (missing, no permission, damaged, another form) raises UsageError: what the file is, its path, the
-    reason, the remedy. A UsageError passes through unchanged."""
+    failure in it (missing, no permission, damaged, another form) raises UsageError, with what the file is, its path,
+    the reason and the remedy. A UsageError passes through unchanged."""
     try:
         yield Path(path)
         return
@@ -81,7 +81,7 @@ def reading(path, what, remedy):
         reason = (error.strerror or str(error)).lower()
     except (ValueError, RuntimeError) as error:
         reason = shorten(str(error), 200)
-    except Exception as error:  # code that met a file of another form, or a library, which may raise any kind
+    except Exception as error:  # a file of another form may raise any kind, here or in a library
         reason = f"not in the form expected ({error!r:.200})"
     raise UsageError(f"{what} {path}: {reason}; {remedy}")
 
@@ -97,7 +97,7 @@ def read_text(path, what):
 
 def lines_of(path, what):
     """The lines of a text file that are not blank, stripped. Raises UsageError."""
-    lines = read_text(path, what).split("\n")  # splitlines cuts at U+2028 too
+    lines = read_text(path, what).split("\n")  # splitlines would also cut at U+2028
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -108,8 +108,8 @@ def read_json(path, what):
 
 
 def write_atomically(path, content):
-    """Write str or bytes so that the path holds the old content or the new, never a part. A str may hold names of
-    files, which are bytes. -> Path. Raises UsageError."""
+    """Write str or bytes so that the path holds either the old content or the new, never a part. A str may hold file
+    names that are not UTF-8. -> Path. Raises UsageError."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -126,24 +126,24 @@ def write_atomically(path, content):
 
 
 def write_json(path, value):
-    """Strict JSON: nan and infinity become null, a Path its text. -> Path. Raises UsageError where it cannot write."""
+    """Write strict JSON: nan and infinity become null, a Path its text. -> Path. Raises UsageError."""
     strict = json.loads(json.dumps(value, default=os.fspath), parse_constant=lambda _: None)
     return write_atomically(path, json.dumps(strict, indent=1) + "\n")
 
 
-LOCK_SECONDS = float(os.environ.get("LOCK_SECONDS", 8))  # decoding workers of a killed run hold a lock for up to five
+LOCK_SECONDS = float(os.environ.get("LOCK_SECONDS", 8))  # a killed run's decoding workers hold its lock for up to five
 
 
 class HeldLock(FileLock):
-    """A lock that is acquired already: `with` only releases it at the end."""
+    """A lock that is already acquired: `with` only releases it at the end."""
     def __enter__(self):
         return self
 
 
 def hold(path, what):
-    """Lock the file at path, which is made if missing -> the lock, held until `.release()`, the end of a `with`, or the
-    end of the process; keep a reference to it. Raises UsageError if another process still holds it after LOCK_SECONDS.
-    """
+    """Lock the file at path, which is created if missing -> the lock, held until `.release()`, the end of a `with`, or
+    the end of the process; keep a reference to it. Raises UsageError if another process still holds it after
+    LOCK_SECONDS."""
     with reading(path, what, "choose another folder") as path:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = HeldLock(path, LOCK_SECONDS)
@@ -167,8 +167,8 @@ LABEL_WORDS = read_json(ASSETS / "labels/names.json", "label names")
 DATASETS = ("scenes", *LABEL_WORDS, "folder")
 
 
-# format characters that stay: two joiners that scripts need, and marks that turn the direction of writing, which
-# check_names refuses
+# format characters that visible keeps: two joiners that some scripts need, and marks that turn the direction of
+# writing, which check_names refuses
 FORMAT_KEPT = "\u200c\u200d\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 OTHER_SCRIPT = re.compile(r"[^\W\d_\0-\u02ff\u1d00-\u1eff]")  # letters that are not Latin
 
@@ -182,26 +182,26 @@ def visible(text):
 
 
 def fold(text):
-    """Texts and names are compared in this form: visible, straight apostrophes, no upper case."""
+    """The form in which texts and names are compared: visible, with straight apostrophes, in lower case."""
     return visible(text).replace("’", "'").casefold()
 
 
 def plain(phrase):
-    """fold, and hyphens and runs of spaces become one space."""
+    """fold, with hyphens and runs of spaces replaced by one space."""
     return re.sub(r"[\s-]+", " ", fold(phrase)).strip()
 
 
 @lru_cache(None)
 def clean_name(name, source):
-    """A label as prompts have it: visible, and "dining_table" is dining table."""
+    """A label as it stands in prompts: visible, with "dining_table" as dining table."""
     if "_" in name:
         say_once(f"{source}: an underscore in a label is read as a space")
     return re.sub(r"[_\r\n]+", " ", visible(name)).strip()
 
 
 def check_names(names, source):
-    """-> the names by clean_name: at least one, all different (case and hyphens aside), and all can be printed. Raises
-    UsageError."""
+    """Names in the form of clean_name -> list of str. Raises UsageError if there is none, if two are equal (case and
+    hyphens aside), or if one cannot be printed."""
     names = [clean_name(name, source) for name in names]
     entry_of = {}
     for entry, name in enumerate(names, 1):
@@ -213,12 +213,12 @@ def check_names(names, source):
         if odd or not any(letter.isalnum() or unicodedata.category(letter) == "So" for letter in name):
             raise UsageError(f"{source}: entry {entry} is not a label name: {ascii(name[:40])}; use up to 200 letters")
     if not names:
-        raise UsageError(f"{source}: holds no label; write down at least one")
+        raise UsageError(f"{source}: holds no label; write at least one")
     return names
 
 
 def own_names(names, source):
-    """check_names for labels of your own, which may be words that CLIP does not know"""
+    """check_names for the user's own labels, and one line about those in another script than CLIP was trained on"""
     names = check_names(names, source)
     foreign = [name for name in names if OTHER_SCRIPT.search(name)]
     if foreign:
@@ -228,7 +228,7 @@ def own_names(names, source):
 
 
 def read_labels(path):
-    """A label file, one name a line by clean_name, UTF-8, blank lines skipped. -> list of str. Raises UsageError."""
+    """The names in a label file, UTF-8, one a line, blank lines skipped. -> list of str. Raises UsageError."""
     names = own_names([line for line in lines_of(path, "label file") if clean_name(line, path)], path)
     odd = [name for name in names if re.match("[#*-]|.*,", name)]
     if odd:
@@ -237,7 +237,7 @@ def read_labels(path):
 
 
 def label_names(dataset, root=None):
-    """Readable label names of a dataset, in the order of its labels' columns; those of "folder" are in its own file."""
+    """Readable names of a dataset's labels, in the order of their columns -> list of str. root: needed for "folder"."""
     if dataset == "scenes":
         return scenes.NAMES
     if dataset == "folder":
@@ -246,7 +246,7 @@ def label_names(dataset, root=None):
 
 
 def synonyms_of(names, dataset=None):
-    """{name: [other words for it]}, where a dataset has some; "" holds phrases that name no label ("hot dog")."""
+    """{name: [other words for it]}, of a dataset that has some; under "" phrases that name no label ("hot dog")"""
     path = ASSETS / f"labels/{dataset}.json"
     table = read_json(path, "synonyms") if path.is_file() else {}
     return {name: table.get(name, []) for name in ["", *names]}
@@ -269,15 +269,15 @@ def plurals(words):
 
 
 def noun_finder(names, synonyms=None):
-    """find(text) -> [(column of the label, None for a phrase that is none; start; end)], places in fold(text).
-    A label is named where its name, a synonym or the plural of one stands as whole words; a name goes before a synonym,
-    both before plurals. The longest phrase wins: "hot dog" is no dog where "hot dog" is known."""
+    """-> find(text) -> [(column of the label, None for a phrase that names none; start; end)], places in fold(text).
+    A label is found where its name, a synonym or a plural of them stands as whole words; names take precedence over
+    synonyms, and both over plurals. The longest phrase wins: "hot dog" is no dog where "hot dog" is known."""
     phrases = [(plain(name), column) for column, name in enumerate(names)]
     if synonyms:
         for column, name in [*enumerate(names), (None, "")]:
             phrases += [(plain(word), column) for word in synonyms.get(name, [])]
     phrases += [(plural, column) for phrase, column in phrases for plural in plurals(phrase)]
-    column_of = dict(reversed(phrases))  # of equal phrases the first counts
+    column_of = dict(reversed(phrases))  # the first of equal phrases counts
     longest_first = "|".join(map(re.escape, sorted(column_of, key=len, reverse=True)))
     pattern = re.compile(rf"(?<!\w)(?:{longest_first})(?!\w)".replace(r"\ ", r"[\s-]+"))
 
@@ -287,12 +287,12 @@ def noun_finder(names, synonyms=None):
 
 
 def labels_of(marked, names):
-    """{name: 1 or -1} of each of N rows, or {column: 1 or -1} where names is a range; others are 0 -> int8 [N, C]"""
+    """marked: N dicts {name: 1 or -1}, or {column: 1 or -1} where names is a range; others are 0 -> int8 [N, C]"""
     return np.array([[marks.get(name, 0) for name in names] for marks in marked], np.int8).reshape(-1, len(names))
 
 
 def match_nouns(texts, names, synonyms=None):
-    """Labels of sentences by the words in them, as noun_finder finds them (TaI-DPT's way). -> int8 [N, C]"""
+    """The labels that noun_finder finds in the words of each sentence (as in TaI-DPT) -> int8 [N, C]"""
     find = noun_finder(names, synonyms)
     marked = [{column: 1 for column, _, _ in find(text)} for text in texts]
     return labels_of(marked, range(len(names)))
@@ -317,7 +317,7 @@ def read_labelled_texts(path, names):
 
 
 def read_captions(path):
-    """The captions of a file of COCO's form (".json"), else its lines -> list of str. Raises UsageError."""
+    """The captions in a file of COCO's form (".json"), or the lines of another -> list of str. Raises UsageError."""
     if ".json" not in Path(path).suffixes:
         return lines_of(path, "text file")
     with reading(path, "text file", "give COCO's captions"):
@@ -325,15 +325,16 @@ def read_captions(path):
 
 
 def labelled(texts, labels):
-    """The texts that have a label, and their labels"""
+    """The texts that have a label, and their labels -> (list of str, int8 [N, C])"""
     rows = np.flatnonzero(labels.any(1))
     return [texts[row] for row in rows], labels[rows]
 
 
 def read_texts(path, names, synonyms=None):
     """Training texts of a file, plain or gzip -> (list of str, int8 [N, C]); those without a label are left out.
-    .jsonl: lines {"text": str, "labels": [names]}; a label not among names is refused: dropped, it would seem absent.
-    .json: COCO's captions, anything else: a caption a line; both labelled by match_nouns. Raises UsageError."""
+    .jsonl: lines {"text": str, "labels": [names]}; a label not among names is refused, since without it the text would
+    count as lacking it. .json: COCO's captions; anything else: a caption a line; both labelled by match_nouns. Raises
+    UsageError."""
     if ".jsonl" in Path(path).suffixes:
         texts, labels = read_labelled_texts(path, names)
     else:
@@ -348,9 +349,9 @@ def read_texts(path, names, synonyms=None):
 
 
 def descriptions_of(dataset, names, path=None):
-    """What each label looks like -> {name: sentence}; from path, else assets/descriptions/<dataset>.json, in the form
-    {"descriptions": {name: sentence}} or the inner table alone. Labels without a sentence are left out and named: the
-    caller's template stands alone there. Raises UsageError for another form, or if no label is described."""
+    """What each label looks like -> {name: sentence}, from path or assets/descriptions/<dataset>.json, of the form
+    {"descriptions": {name: sentence}} or the inner table alone. Labels without a sentence are left out and named: for
+    them the caller's template stands alone. Raises UsageError for another form, or if no label is described."""
     source = path or ASSETS / f"descriptions/{dataset}.json"
     if path is None and not source.is_file():
         say(f"{dataset}: no descriptions of its labels, the template stands alone; --descriptions FILE gives them")
@@ -368,8 +369,8 @@ def descriptions_of(dataset, names, path=None):
 
 
 def default_texts(dataset, names, count):
-    """Texts where the user gives none -> (list of str, int8 [N, C], what they are): of the scenes grammar where it
-    knows every label, else sentences of a fixed pattern."""
+    """Generated texts, where the user gives none -> (list of str, int8 [N, C], their source in words): of the scenes
+    grammar if it knows every label, else template sentences."""
     if dataset != "scenes" or not set(names).issubset(scenes.NAMES):
         say(f"no --texts: training on {count} template sentences (written by a fixed pattern, not by a language model)")
         return *template_texts(names, count), "template sentences"
@@ -381,7 +382,7 @@ def default_texts(dataset, names, count):
 
 
 def template_texts(names, count):
-    """Sentences for 1 to 5 names each; every name comes first equally often. -> (list of str, int8 [count, C])"""
+    """Sentences with 1 to 5 names each; every name comes first equally often. -> (list of str, int8 [count, C])"""
     openers = ("a photo of", "a picture of", "there is", "we see", "a photo with", "here is")
     rng = np.random.default_rng(0)
     texts = []
@@ -407,7 +408,7 @@ def with_article(name):
 
 def with_negatives(texts, labels, names):
     """Texts and their labels, followed by the sentences of assets/texts that name none of the labels. With fewer than
-    FEW labels nearly every text has each of them, and nothing could be learnt from texts that lack one."""
+    FEW labels nearly every text has each of them, so there would be too few texts that lack one to learn from."""
     find = noun_finder(names)
     more = []
     for path in sorted((ASSETS / "texts").glob("*.jsonl.gz")):
@@ -421,14 +422,15 @@ def with_negatives(texts, labels, names):
 # --- photos -----------------------------------------------------------------------------------------------------------
 
 def files_under(folder):
-    """Files and folders under a folder, any depth, hidden ones left out -> sorted Paths"""
-    paths = sorted(folder.rglob("*"))  # which does not enter linked folders
+    """Files and folders under a folder, at any depth, hidden ones left out -> sorted Paths"""
+    paths = sorted(folder.rglob("*"))  # rglob does not enter linked folders
     return [path for path in paths if "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def list_photos(path):
-    """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted Paths. Folders that are linked
-    or locked, videos, and photos that Pillow cannot read are left out and counted, a line a kind. Raises UsageError."""
+    """Photos under a folder (any depth, hidden ones left out), or the one file -> sorted Paths. Linked and locked
+    folders, videos, and photos that Pillow cannot read are left out; one line for each kind counts them. Raises
+    UsageError."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -453,8 +455,8 @@ def list_photos(path):
 
 def open_photo(photo, side=1 << 30):
     """Path or scenes' (split, index) -> PIL RGB, turned upright by its EXIF mark if that can be read. side: a large
-    JPEG is decoded at a half, a quarter or an eighth where both sides still have as many pixels, which takes a fifth of
-    the time. Raises OSError or ValueError."""
+    JPEG is decoded at a half, a quarter or an eighth of its size if both sides keep at least that many pixels, which
+    takes a fifth of the time. Raises OSError or ValueError."""
     if isinstance(photo, tuple):
         return scenes.picture(*photo)[0]
     if Path(photo).suffix.lower() in HEIC and find_spec("pillow_heif"):
@@ -468,7 +470,7 @@ def open_photo(photo, side=1 << 30):
         if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255
             pixels = np.asarray(image)
             unused = 8
-            if pixels.max() < 1 << 12:  # of a camera with 12 bits
+            if pixels.max() < 1 << 12:  # a camera's 12 bits
                 unused = 4
             image = Image.fromarray(np.uint8(pixels >> unused))
         if image.mode in ("I", "F"):
@@ -477,12 +479,13 @@ def open_photo(photo, side=1 << 30):
 
 
 def drawn(total, count=None):
-    """`count` of the rows 0 .. total-1, drawn by a fixed seed: fewer are among more; None: all. -> sorted int array"""
+    """`count` of the rows 0 .. total-1, drawn by a fixed seed, a larger count adding to a smaller; None: all. -> sorted
+    int array"""
     return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
 def check_marks(labels, source):
-    """Raises UsageError for labels other than 1, 0 and -1: here, so that no loss has to look in every step."""
+    """Raises UsageError for labels other than 1, 0 and -1: once, so that the loss need not check them in every step."""
     if not np.isin(labels, (-1, 0, 1)).all():
         raise UsageError(f"{source} must hold 1 (present), 0 (absent) or -1 (ignored) only")
 
@@ -508,15 +511,16 @@ class LabelledPhotos:
 
 
 def load_photos(dataset, root, split, count=None, policy=()):
-    """Labelled photos of a dataset -> LabelledPhotos. split: "train" or "test"; count: so many of them, by `drawn`;
-    policy: words "NAME=VALUE". Photos that do not exist are counted and left out before that. Raises UsageError: what
-    is missing, and where to get it."""
+    """Labelled photos of a dataset -> LabelledPhotos. split: "train" or "test"; policy: words "NAME=VALUE". Photos that
+    do not exist are counted and left out; `count` of the rest are taken, by `drawn`. Raises UsageError, with what is
+    missing and where to get it."""
     import datasets  # here and not above, because datasets.py imports this file
     return datasets.load_photos(dataset, root, split, count, policy)
 
 
 def identity(dataset, root):
-    """What decides the content of a set that nobody published: drawing code and shipped CLIP, or labels. -> str"""
+    """Digest of what decides the content of a set that is not published: of scenes the drawing code and the toy CLIP,
+    of a folder its label files. -> str, empty for a published set"""
     if dataset == "scenes":
         return digest(scenes.__file__) + digest(scenes.CHECKPOINT)
     if dataset != "folder":
@@ -526,7 +530,7 @@ def identity(dataset, root):
     content = []
     for path in datasets.label_files(root)[1]:
         content.append(str(path.relative_to(root)))
-        if path.suffix.lower() not in PHOTO_SUFFIXES:  # of photos only the folder's name counts
+        if path.suffix.lower() not in PHOTO_SUFFIXES:  # a photo counts by its path alone
             content.append(digest(path))
     return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
@@ -542,8 +546,8 @@ class Table:
 
 
 def table_of(rows, source, names=()):
-    """rows: (file, {clean name: 1 or -1}, word of its part or "") each; other labels are 0 -> Table with the labels of
-    the names, else in the order of the alphabet. Raises UsageError."""
+    """rows: (file, {clean name: 1 or -1}, its split or "") each; other labels are 0 -> Table with the labels in the
+    order of names, or in that of the alphabet. Raises UsageError."""
     files = [file for file, _, _ in rows]
     marked = [marks for _, marks, _ in rows]
     splits = [word for _, _, word in rows]
@@ -552,8 +556,8 @@ def table_of(rows, source, names=()):
 
 
 def read_rows(path):
-    """The cells of a table that are cut by comma, semicolon or tab, or as Excel's first line "sep=;" says -> rows that
-    are not blank, lists of str, at least as long as the first"""
+    """The cells of a table, separated by comma, semicolon or tab, or as Excel's first line "sep=;" says -> its rows
+    that are not blank, lists of str, at least as long as the first. Raises UsageError, ValueError or csv.Error."""
     lines = io.StringIO(read_text(path, "labels").lstrip("\r\n"), newline="")  # a quoted cell may hold a line break
     line = lines.readline()
     if re.match("(?i)sep=.", line):
@@ -570,18 +574,17 @@ def read_rows(path):
     return rows
 
 
-MARK = re.compile(r"[-+.\d]+|yes|no|true|false", re.IGNORECASE)  # no label
+MARK = re.compile(r"[-+.\d]+|yes|no|true|false", re.IGNORECASE)  # a cell that is a mark, and no label
 
 
 def mark_of(cell):
-    """1, 0 or -1. Raises ValueError or KeyError for another cell."""
+    """A cell -> 1, 0 or -1. Raises ValueError or KeyError for another cell."""
     words = {"": 0, "no": 0, "false": 0, "yes": 1, "true": 1}
     return {1: 1, 0: 0, -1: -1}[float(words.get(cell.lower(), cell))]
 
 
 def labels_in(cells, source):
-    """Cells of labels, cut at ; | , and line breaks, or at spaces where no cell has one of these -> list of
-    {label: 1}"""
+    """Cells of labels, cut at ; | , and line breaks, or at spaces if no cell has one of these -> list of {label: 1}"""
     text = "".join(cells)
     cut = "[;|,\n]"
     if not re.search(cut, text):
@@ -593,9 +596,9 @@ def labels_in(cells, source):
 
 
 def read_table(path, dataset=None, spelt=list):
-    """A table with a header: file names, then a column a label of 1, 0 and -1, or one column of labels, perhaps a
-    column "split" -> Table. dataset: its labels are wanted, in its own order, and no others; spelt: headings -> the
-    same, spelt as its labels. Raises UsageError."""
+    """A table with a header: file names, then a column of 1, 0 and -1 for each label, or one column of labels, perhaps
+    a column "split" -> Table. dataset: the table must have exactly its labels, which are put into its order; spelt:
+    function of the headings that spells them as the dataset does. Raises UsageError."""
     remedy = "cells are a file, then each label's 1, 0 or -1, or one cell of labels"
     with reading(path, "labels", remedy) as path:
         table = read_rows(path)
@@ -633,7 +636,7 @@ FEATURE_AXES = {"text_embeddings": "ND", "text_labels": "NC", "image_embeddings"
 def load_features(path):
     """Ready-made embeddings of any encoder pair, one .npz (no pickles): text_embeddings [N, D], text_labels [N, C],
     image_embeddings [M, D], image_labels [M, C], label_embeddings [C, D], label_names [C]; labels are 1, 0 or -1.
-    -> {name: float32 or int8 array, list of str for label_names}. Raises UsageError where one lacks or does not fit."""
+    -> {name: float32 or int8 array, list of str for label_names}. Raises UsageError if one is missing or misfits."""
     arrays = {}
     sizes = {}
     remedy = f"it must be an .npz without pickles of {', '.join(FEATURE_AXES)}"

@@ -35,8 +35,8 @@ import scenes
 from data import UsageError, say, say_once
 
 WEIGHTS = Path(__file__).parent / "weights"  # where weights fetched by hand may be put: <backbone>.<tag>.safetensors
-BATCH = 64  # photos encoded at once and stored in one transaction; a run that is killed loses at most one batch
-NO_WEIGHTS = {  # what a file is, by its start or the error that it gives
+BATCH = 64  # photos encoded at once and stored in one transaction; a killed run loses at most one batch
+NO_WEIGHTS = {  # {pattern of a file's start or of the error it gives: what the file is}
     "TorchScript": "a TorchScript archive (OpenAI's own form), which holds code; save its state_dict() alone",
     "^\x80|GLOBAL": "a file of pickled objects, which may run code; save the model's state_dict() alone",
     "^version https://git-lfs": "a Git LFS pointer in place of the weights; run git lfs pull",
@@ -51,22 +51,22 @@ NO_PARAMETERS = ("input_resolution", "context_length", "vocab_size", "attn_mask"
 
 @functools.cache
 def import_open_clip():
-    """open_clip, also where torchvision's wheel does not fit torch's build; it knows "scenes", too. -> module"""
+    """Import open_clip, even if torchvision's wheel does not fit torch's build, and add the model "scenes" -> module"""
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
         # torchvision's PyPI wheel beside a CPU build of torch: its compiled operators are missing, and its import stops
-        # where it registers a fake kernel for the first of them. Declaring them is enough: nothing here calls them.
+        # where it registers a fake kernel for the first of them. It is enough to declare them: nothing here calls them.
         for name in ("torchvision::nms", "torchvision::qnms"):
             torch.library.define(name, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     import open_clip
     open_clip.factory._MODEL_CONFIGS["scenes"] = scenes.CLIP_CONFIG
-    logging.getLogger().addFilter(lambda record: record.module != "factory")  # that a model begins with random weights
+    logging.getLogger().addFilter(lambda record: record.module != "factory")  # which warns of random weights
     return open_clip
 
 
 class ImportsFirst:
-    """Sent to a worker process in place of the model: once it is unpickled, torchvision's preprocessing can be, too."""
+    """Takes the model's place in a worker process: unpickling it imports what torchvision's transforms need."""
     def __reduce__(self):
         return import_open_clip, ()
 
@@ -76,7 +76,7 @@ class Clip(NamedTuple):
     tokenizer: object       # list of str -> int64 [N, context length]
     preprocess: object      # PIL RGB -> float32 [3, H, W]
     name: str               # for people
-    key: str                # hash of what the model computes: what a checkpoint was trained on
+    key: str                # hash of what the model computes, by which a checkpoint knows its encoder
     precision: str          # "fp32" or "bf16"
     image_size: tuple       # (H, W), pixels that the image tower sees
     device: torch.device
@@ -88,10 +88,10 @@ def autocast(device, precision):
 
 
 def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32", resolution=None):
-    """A frozen CLIP. backbone: "scenes" (the tiny one here), open_clip's name, local-dir:FOLDER or hf-hub:OWNER/NAME;
-    pretrained: open_clip's tag, a file, "none" for random weights (seed 0), None for what belongs to the backbone;
-    precision: "fp32" or "bf16"; resolution: pixels. -> Clip
-    Raises UsageError for an unknown backbone, and for weights that cannot be had or are of another model."""
+    """A frozen CLIP. backbone: "scenes" (the toy CLIP), open_clip's name, local-dir:FOLDER or hf-hub:OWNER/NAME;
+    pretrained: open_clip's tag, a file, "none" for random weights (seed 0), None for the backbone's default;
+    precision: "fp32" or "bf16"; resolution: image side in pixels, None for the backbone's own. -> Clip
+    Raises UsageError for an unknown backbone, and for weights that cannot be fetched or belong to another model."""
     open_clip = import_open_clip()
     models = open_clip.list_models()
     name = backbone
@@ -128,8 +128,8 @@ def load_clip(backbone="scenes", pretrained=None, device="cpu", precision="fp32"
 
 
 def _find_weights(backbone, pretrained, tag):
-    """Path of a backbone's weights, fetched if need be; None for random ones. Raises UsageError that says what to get
-    and where to put it."""
+    """Path of a backbone's weights, fetched if need be; None for random ones. Raises UsageError, which says what to
+    fetch and where to put it."""
     from huggingface_hub import constants, hf_hub_url
     from open_clip import list_pretrained_tags_by_model
     from open_clip.factory import _find_checkpoint_in_dir, parse_model_name
@@ -152,11 +152,11 @@ def _find_weights(backbone, pretrained, tag):
     repository, filename = os.path.split(tag.get("hf_hub", f"{source}/"))  # most have no file name
     url = hf_hub_url(repository, filename or "open_clip_model.safetensors")
     try:
-        # The host is asked first: hub clients try again for a minute where there is no network.
-        with suppress(HTTPError):  # it answers, and open_clip may know another file name
+        # Ask the host first: without a network, hub clients retry for a minute.
+        with suppress(HTTPError):  # the host answers, and open_clip may know another file name
             urlopen(url, timeout=5).close()
     except OSError:
-        constants.HF_HUB_OFFLINE = True  # what was fetched before is found all the same
+        constants.HF_HUB_OFFLINE = True  # weights that were fetched before are still found
     try:
         return download_pretrained_from_hf(repository, filename)
     except Exception as error:  # hub clients raise many kinds
@@ -168,13 +168,13 @@ def _find_weights(backbone, pretrained, tag):
 
 
 def _build(backbone, config, tag, resolution):
-    """open_clip's model of a name, frozen, with random weights of seed 0, and with the preprocessing of a tag."""
+    """open_clip's model, frozen, with random weights of seed 0 and the preprocessing of the tag."""
     from open_clip import create_model
     patch = config["vision_cfg"].get("patch_size", 1)  # timm's models have none, a ResNet has None
     if resolution and (resolution < 1 or resolution % (patch or 32)):
         raise UsageError(f"--resolution {resolution}: must be a positive multiple of {patch or 32} for {backbone}")
     if patch in (1, None):
-        resolution = None  # open_clip resizes the positions in a file for its own ViT only; _resize does the others
+        resolution = None  # open_clip resizes position embeddings for its own ViT only; _resize does the others
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = create_model(backbone, load_weights=False, pretrained_text=False, force_quick_gelu=config["quick_gelu"],
@@ -183,19 +183,19 @@ def _build(backbone, config, tag, resolution):
 
 
 def _load_weights(model, path):
-    """Fill a model from a file, whatever its precision. A prefix of its names, such as "module.", is left out. Raises
-    many kinds of errors; ValueError if it holds no weights, or weights in another form."""
+    """Fill a model from a file of any precision. A prefix of the tensors' names, such as "module.", is dropped. Raises
+    many kinds of errors; ValueError if the file holds no weights, or weights in another form."""
     from unittest.mock import patch
 
     from open_clip import factory
     try:
         with catch_warnings():
-            simplefilter("ignore")  # torch's, of a TorchScript archive
+            simplefilter("ignore")  # torch warns of a TorchScript archive
             stored = factory.load_state_dict(path)
             stored = max((value for value in [stored, *stored.values()] if isinstance(value, dict)), key=len)
     except OSError:  # such as no such file
         raise
-    except Exception as error:  # torch and safetensors raise many kinds, and advise to load what must not be loaded
+    except Exception as error:  # torch and safetensors raise many kinds, and advise loading what must not be loaded
         with open(path, "rb") as file:
             seen = f"{file.read(40).decode('latin-1')} {error}"
         kinds = [kind for sign, kind in NO_WEIGHTS.items() if re.search(sign, seen)]
@@ -217,12 +217,12 @@ def _load_weights(model, path):
         table = torch.zeros_like(model.token_embedding.weight)
         table[token_ids] = state["token_embedding.weight"]
         state["token_embedding.weight"] = table
-    with patch.object(factory, "load_state_dict", return_value=state):  # what it would read again
+    with patch.object(factory, "load_state_dict", return_value=state):  # else it would read the file again
         factory.load_checkpoint(model, path)
 
 
 def _resize(model, resolution):
-    """Change the resolution of a filled image tower: of timm's, or a ResNet."""
+    """Change the resolution of an image tower that has its weights: one of timm's, or a ResNet."""
     from open_clip.model import resize_pos_embed
     visual = model.visual
     if hasattr(visual, "set_input_size"):  # timm's
@@ -259,7 +259,7 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
         image = data.open_photo(photo, int(2 * max(224, *clip.image_size) / sqrt(smallest)))
         width, height = image.size
         if generator is None:
-            if max(image.size) > 100 * min(image.size):  # resized, such a strip could take gigabytes
+            if max(image.size) > 100 * min(image.size):  # such a strip, resized, could take gigabytes
                 image = ImageOps.fit(image, [min(image.size)] * 2)
             return clip.preprocess(image)
         area = width * height * generator.uniform(smallest, 1)
@@ -279,7 +279,7 @@ def load_photo(clip, photo, generator=None, smallest=1.0):
 
 
 def _decode(clip, augment, batch):
-    """[(row, photo), ...] -> (numpy images [b, 3, H, W], {place in the batch: why it cannot be read}). In a worker."""
+    """Runs in a worker. batch: [(row, photo), ...] -> (numpy images [b, 3, H, W], {place in it: why it is not read})"""
     images = np.zeros((len(batch), 3, *clip.image_size), np.float32)
     wrong = {}
     seed, epoch, smallest = augment or (None, None, 1.0)
@@ -293,7 +293,7 @@ def _decode(clip, augment, batch):
 
 
 def _end_with_parent(worker):
-    """Let a worker process end when its parent was killed: it would wait for ever to hand over its batch."""
+    """Let a worker process end when its parent is killed: else it would wait for ever to hand over its batch."""
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -301,16 +301,16 @@ def _end_with_parent(worker):
 
 
 def decoded(clip, photos, batches, workers, augment=None):
-    """Photos decoded by worker processes (None: a core each, at most 16) while the caller computes. batches: lists of b
-    row indices (int) into photos; augment: None, or (seed, epoch, smallest share of the area) for random crops that
-    hang on (seed, epoch, row) alone. -> iterator over (images float32 [b, 3, H, W], readable bool [b]). A photo that
+    """Photos decoded by worker processes (None: one per core, at most 16) while the caller computes. batches: lists of
+    b row indices (int) into photos; augment: None, or (seed, epoch, smallest share of the area) for random crops that
+    depend on (seed, epoch, row) alone. -> iterator over (images float32 [b, 3, H, W], readable bool [b]). A photo that
     cannot be read is all zeros, and is named once on stderr."""
     if workers is None:
         workers = 16
     if len(batches) < 2:
         workers = 0
     # Workers hand over numpy arrays, which go through a pipe: tensors would go through /dev/shm, and Docker's 64 MB of
-    # it do not hold a batch. The generator, because a DataLoader otherwise draws from torch's global one.
+    # it do not hold a batch. Without a generator of its own a DataLoader draws from torch's global one.
     decode = functools.partial(_decode, clip._replace(model=ImportsFirst(), tokenizer=None), augment)
     loader = DataLoader(list(enumerate(photos)), batch_sampler=batches, collate_fn=decode,
                         num_workers=min(workers, os.cpu_count()), generator=torch.Generator(),
@@ -325,7 +325,7 @@ def decoded(clip, photos, batches, workers, augment=None):
 
 @functools.cache
 def say_of_process(message):
-    """Say it once, in a process of torchrun that is silent otherwise, too."""
+    """Print a message once, even in a process of torchrun that is otherwise silent."""
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         say(message)
@@ -334,9 +334,9 @@ def say_of_process(message):
 
 
 class Cache:
-    """Rows of tensors in SQLite, by what encoded them and of what, in one file for all processes: a row is there as a
-    whole or not. A damaged file is set aside and made anew; what cannot be opened or written is done without, said
-    once. folder None: keeps nothing."""
+    """Rows of tensors in SQLite, keyed by encoder and item, in one file for all processes: a row is there as a whole or
+    not at all. A damaged file is set aside and made anew; if the file cannot be opened or written, the run goes on
+    without a cache and says so once. folder None: keeps nothing."""
 
     def __init__(self, folder):
         self.path = folder and Path(folder, "features.sqlite")
@@ -353,7 +353,7 @@ class Cache:
         self.run("INSERT OR REPLACE INTO features VALUES (?, ?, ?)", values)
 
     def run(self, command, rows):
-        """Give an SQL command, once for each row of values. -> list of the {name: tensor} that it finds"""
+        """Execute an SQL command for each row of values. -> list of the {name: tensor} that it finds"""
         if not self.path:
             return []
         try:
@@ -376,8 +376,8 @@ class Cache:
 
 
 def _identity(photo):
-    """What stands for a photo in the cache: its name, size, time and last 16 kB, since cameras use names again; not its
-    folder, which may be moved. Of scenes: which picture, and the drawing code."""
+    """A photo's key in the cache: its name, size, time and last 16 kB, since cameras reuse names; not its folder, which
+    may be moved. For scenes: which picture, and a digest of the drawing code."""
     if isinstance(photo, tuple):
         return f"{photo} {scenes.DIGEST}"
     try:
@@ -393,8 +393,8 @@ def _identity(photo):
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 def _encode_text(model, tokens):
-    """model.encode_text without the positions behind the longest text's end, which CLIP's causal encoder, asked at the
-    end token, does not need."""
+    """model.encode_text without the positions after the longest text's end token: CLIP's text encoder is causal and is
+    read at the end token, so they change nothing. tokens: [N, context length] -> [N, D], not normalised"""
     if getattr(model, "text_pool_type", None) != "argmax" or model.attn_mask is None:
         return model.encode_text(tokens, normalize=False)
     ends = tokens.argmax(-1)
@@ -423,27 +423,27 @@ def embed_texts(clip, texts, cache=None, quiet=True):
 
 
 def _check_texts(clip, texts):
-    """Say how many texts are too long, and which words the tiny CLIP was not trained on: their rows are zero."""
+    """Say how many texts are too long, and which words the toy CLIP was not trained on: their rows are zero."""
     limit = clip.tokenizer.context_length
     tokens = clip.tokenizer([*texts, ""], limit + 1)  # [N + 1, limit + 1]; the empty text ends in padding
     cut = int((tokens[:, -1] != tokens[-1, -1]).sum())
     if cut:
-        say(f"{cut} of {len(texts)} texts are longer than {limit} tokens and were cut")
+        say(f"{cut} of {len(texts)} texts are longer than {limit} tokens and were cut off there")
     if clip.name == "scenes":
         table = clip.model.token_embedding.weight
         unknown = [token for token in tokens.unique().tolist() if not table[token].any()]
         if unknown:
-            say(f"the scenes CLIP has never seen: {clip.tokenizer.decode(unknown[:10])}; such words mean nothing to it")
+            say(f"the scenes CLIP was not trained on {clip.tokenizer.decode(unknown[:10])}: they mean nothing to it")
 
 
 # --- photos, encoded --------------------------------------------------------------------------------------------------
 
 def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet=False, share=True, also=()):
-    """Photos through an encoder, a row each, in their order; what is in the cache is not computed again. encoder: what
-    computes the values, as a str; encode: images [b, 3, H, W] -> dict of tensors [b, ...]. -> generator of (row in
+    """Photos through an encoder, a row each, in their order; what is in the cache is not computed again. encoder: the
+    encoder's key in the cache, a str; encode: images [b, 3, H, W] -> dict of tensors [b, ...]. -> generator of (row in
     photos, {name: tensor on the CPU}, or None if the photo cannot be read). Such photos are counted at the end.
     share: under torchrun each process first encodes its part of the photos into the cache; also: more pairs (encoder,
-    encode), whose values are kept in the cache, for later, when a photo is encoded."""
+    encode), which also encode each photo that is not in the cache, and whose values are cached for later."""
     if share and cache and distributed.is_initialized():
         part = photos[distributed.get_rank()::distributed.get_world_size()]
         for _ in encode_photos(clip, part, encoder, encode, cache, workers, quiet, share=False, also=also):
@@ -477,7 +477,7 @@ def encode_photos(clip, photos, encoder, encode, cache=None, workers=None, quiet
 
 
 def _embed(clip, photos, kind, encode, cache, workers, quiet):
-    """What encode_photos gives -> ({name: tensor of all}, rows [K]). Raises UsageError if no photo could be read."""
+    """All that encode_photos yields -> ({name: tensor [K, ...]}, rows [K]). Raises UsageError if none could be read."""
     encoder = f"{kind} {clip.key} {clip.precision}"
     encoded = dict(encode_photos(clip, photos, encoder, encode, cache, workers, quiet))
     rows = [row for row in encoded if encoded[row]]
@@ -508,7 +508,7 @@ def embed_regions(clip, photos, image_features, cache=None, workers=None, quiet=
 def download_voc2007(root):
     """Fetch and unpack VOC2007 (870 MB) under root, through torchvision, which checks the archives' hashes. Raises
     UsageError. In a shell: python -c "import embed; embed.download_voc2007('data')" """
-    import_open_clip()  # torchvision imports only after its guard
+    import_open_clip()  # so that torchvision can be imported
     from torchvision.datasets import VOCDetection
     try:
         for image_set in ("trainval", "test"):
