@@ -1,4 +1,4 @@
-"""What somebody would try first, scored beside both methods: zero-shot CLIP, and a linear probe of the training data.
+"""Baselines that both methods are scored beside: zero-shot CLIP, and a linear probe of the training data.
 
 N training texts or photos, M test photos, C labels, D CLIP width.
 """
@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from data import say
 
-# C of scikit-learn, for all data. Cross-validated in 5 parts on the 20,000 training pictures of scenes, 10 gives 66.95
-# mAP, 100 gives 67.16, and more at most 67.19; on the first 4,000 it is 65.57, 65.33 and less
+# C of scikit-learn, for all data. In 5-fold cross-validation on the 20,000 training pictures of scenes, 10 gives 66.95
+# mAP, 100 gives 67.16, and more at most 67.19; on the first 4,000 pictures these are 65.57, 65.33 and less.
 PROBE_STRENGTH = 100.0
 PROBE_LIMIT = 8e9  # training rows x width x labels; half of it takes a minute or two on two cores
 
@@ -16,8 +16,8 @@ PROBE_LIMIT = 8e9  # training rows x width x labels; half of it takes a minute o
 def zero_shot(prompts, images):
     """Cosine with the prompts, plain and with both sides centred. prompts: [C, D]; images: [M, D] -> dict of [M, C]
 
-    Centred: embeddings of length 1, minus the mean of their own side (of the prompts over the labels, of the images
-    over these very images, whose labels are not used), and again of length 1.
+    Centred: embeddings are scaled to length 1, the mean of their own side is subtracted (over the labels for prompts,
+    over these very images, whose labels are not used, for images), and they are scaled to length 1 again.
     """
     prompts = F.normalize(prompts, dim=-1)
     images = F.normalize(images, dim=-1)
@@ -27,20 +27,20 @@ def zero_shot(prompts, images):
 
 
 def linear_probe_where_quick(features, labels, images):
-    """features: [N, D] with labels [N, C]; images: [M, D] -> dict of logits [M, C], empty where they take long"""
+    """linear_probe -> dict of logits [M, C], empty where it would take long. Arguments as there."""
     size = features.shape[0] * features.shape[1] * labels.shape[1]
     if size > PROBE_LIMIT:
-        say(f"no linear probe: {len(features):,} x {features.shape[1]} features, {labels.shape[1]:,} labels take long")
+        say(f"no linear probe: {len(features):,} x {features.shape[1]} features, {labels.shape[1]:,} labels: too slow")
         return {}
     return {"linear_probe": linear_probe(features, labels, images).float()}
 
 
 def linear_probe(features, labels, images, strength=PROBE_STRENGTH):
-    """Logistic regression, a label at a time, as scikit-learn's LogisticRegression(C=strength) on unit features.
+    """Logistic regression for each label, equal to scikit-learn's LogisticRegression(C=strength) on unit features.
 
-    features: [N, D] with labels [N, C], -1 left out; images: [M, D] -> logits float64 [M, C]. All labels at once, by
-    L-BFGS in coordinates u in which no direction is steeper than another: p (1 - p) <= 1/4, so the loss's second
-    derivative is at most penalty + x x^T / 4.
+    features: [N, D] with labels [N, C], -1 left out; images: [M, D] -> logits float64 [M, C]. All labels are fitted at
+    once, by L-BFGS in coordinates u in which no direction is steeper than another: p (1 - p) <= 1/4, so the loss's
+    second derivative is at most penalty + x x^T / 4.
     """
     x = unit_rows(features)
     penalty = torch.full_like(x[0], 1 / strength)
@@ -68,5 +68,5 @@ def linear_probe(features, labels, images, strength=PROBE_STRENGTH):
 
 
 def unit_rows(features):
-    """[N, D] -> float64 [N, D + 1] of unit length, and a 1 for the intercept"""
+    """[N, D] -> float64 [N, D + 1]: rows of unit length, followed by a 1 for the intercept"""
     return F.pad(F.normalize(features.double().cpu(), dim=-1), (0, 1), value=1)

@@ -2,8 +2,8 @@
 
     python datasets.py --check coco2014 --data-root D       counts beside the published ones, and what looks wrong
 
-A reader(root, split, policies...) -> LabelledPhotos reads one dataset; split is "train" or "test". READERS holds what
-else there is to know about it. A tenth set is one function and one entry there (docs/datasets.md).
+A reader(root, split, policies...) -> LabelledPhotos reads one dataset; split is "train" or "test". READERS lists the
+readers with their files, sources and policies. A tenth set is one function and one entry there (docs/datasets.md).
 """
 import argparse
 import json
@@ -50,8 +50,8 @@ from data import (
 # --- boxes ------------------------------------------------------------------------------------------------------------
 
 def voc_things(path):
-    """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height)), pixels; clear:
-    not difficult. Raises UsageError."""
+    """An annotation of VOC's form -> ([(label, left, top, right, bottom, clear), ...], (width, height)) in pixels;
+    clear: not marked difficult. Raises UsageError."""
     with reading(path, "annotation", "give VOC's XML") as path:
         root = ElementTree.parse(path)
         found = []
@@ -65,7 +65,7 @@ def voc_things(path):
 
 
 def coco_things(path):
-    """Instances of COCO's form -> {photo's file: as voc_things}; clear: no crowd. Raises UsageError."""
+    """Instances of COCO's form -> {photo's file: what voc_things gives}; clear: no crowd. Raises UsageError."""
     with reading(path, "annotations", "give COCO's instances, with all photos and categories") as path:
         content = read_json(path, "annotations")
         names = {entry["id"]: clean_name(entry["name"], path.parent) for entry in content["categories"]}
@@ -86,7 +86,7 @@ coco_boxes = lru_cache(1)(coco_things)
 
 
 def scene_of(photo):
-    """(split, index) of a picture of scenes, also of a file that `scenes.py draw` marked as its own; else None."""
+    """(split, index) of a picture of scenes, or of a file that `scenes.py draw` has marked; else None."""
     if isinstance(photo, tuple):
         return photo
     if photo.suffix == ".png":
@@ -98,9 +98,9 @@ def scene_of(photo):
 
 
 def boxes_of(photo, names):
-    """Where a photo's things are, if that is known: of scenes, and of files that lie as VOC's or COCO's do -> None, or
+    """Boxes of a photo's things, if known: of scenes, and of files in the places of VOC's or COCO's -> None, or
     (float [K, 6]: column of the name, left, top, right, bottom, clear; (width, height) of the photo), pixels. clear: 1,
-    or 0 for VOC's difficult ones and COCO's crowds; for scenes the share that nothing covers. Raises UsageError."""
+    or 0 for VOC's difficult things and COCO's crowds; for scenes the visible share. Raises UsageError."""
     scene = scene_of(photo)
     if scene:
         found = scenes.boxes(*scene)
@@ -121,8 +121,8 @@ def boxes_of(photo, names):
 
 
 def in_view(boxes, size):
-    """Boxes as CLIP sees them, the shorter side resized and a square cut from the middle -> (float [K', 6], those of
-    which at least half is seen, in shares of the square and cut at its edge; which these are: bool [K])"""
+    """Boxes as CLIP sees them, after the shorter side is resized and a square cut from the middle -> (float [K', 6]:
+    boxes of which at least half is inside, in shares of the square and cut at its edge; bool [K]: which these are)"""
     shorter = min(size)
     margins = (np.array(size) - shorter) / 2
     corners = (boxes[:, 1:5] - np.tile(margins, 2)) / shorter
@@ -132,15 +132,15 @@ def in_view(boxes, size):
 
 
 def area(corners):
-    """float [K, 4]: left, top, right, bottom -> float [K]"""
+    """float [K, 4]: left, top, right, bottom -> areas, float [K]"""
     return (corners[:, 2:] - corners[:, :2]).prod(1)
 
 
 # --- helpers of the readers -------------------------------------------------------------------------------------------
 
 def find_files(root, folders, *markers):
-    """The first of root/<folder>, and root itself, that holds one of the markers, files or folders
-    -> (that folder, path of the marker). Raises MissingFile, which names a place one level down that does."""
+    """The first of root/<folder> ... and root itself that holds one of the markers, which are files or folders
+    -> (that folder, path of the marker). Raises MissingFile, which names a folder one level down that holds one."""
     root = Path(root)
     missing = f"no {' or '.join(markers[:2])} under {root}"
     for place in (root, *sorted(root.glob("*"))):
@@ -154,34 +154,34 @@ def find_files(root, folders, *markers):
 
 
 def read_matlab(path):
-    """The variables in a MATLAB file -> dict; structs are dicts, too. Raises UsageError."""
+    """The variables in a MATLAB file -> dict, with structs as dicts. Raises UsageError."""
     with reading(path, "labels", "fetch it again"):
         return loadmat(path, simplify_cells=True)
 
 
 def shared_out(count, seed, **shares):
-    """Rows 0 .. count-1, shuffled by the seed and cut at the shares (train=0.8, test=0.2) -> {part: sorted rows}"""
+    """Rows 0 .. count-1, shuffled by the seed and divided by shares (train=0.8, test=0.2) -> {part: sorted rows}"""
     order = np.random.default_rng(seed).permutation(count)
     ends = np.round(np.cumsum(list(shares.values())) * count).astype(int)
     return {part: np.sort(rows) for part, rows in zip(shares, np.split(order, ends), strict=False)}
 
 
 def parts_of(split, validation):
-    """The published parts that serve as a split; validation photos are trained on, or dropped."""
+    """The published parts that make up a split. validation: "train" adds the validation photos to training."""
     if split == "train" and validation == "train":
         return ["train", "val"]
     return [split]
 
 
 def treat_unlabelled(found, unlabelled):
-    """Photos without a label that is present are kept, or dropped."""
+    """Keep or drop the photos that show no label. -> LabelledPhotos"""
     if unlabelled == "keep":
         return found
     return found.at(np.flatnonzero((found.labels == 1).any(1)))
 
 
 def pick_attributes(values, spelt, dataset):
-    """Columns of the owners' attributes, spelt as given, in the order of our labels. -> int8 [N, C], 1 where 1"""
+    """values: [N, the owners' attributes spelt] -> int8 [N, C] in the order of our labels, 1 where the value is 1"""
     spelt = list(spelt)
     columns = [spelt.index(name) for name in LABEL_WORDS[dataset]]
     return (values[:, columns] == 1).astype(np.int8)
@@ -192,8 +192,8 @@ def class_labels(marked, dataset, root):
     names = label_names(dataset)
     odd = sorted(set().union(*marked).difference(names))
     if odd:
-        raise UsageError(f"label files of {root} have '{', '.join(odd):.200}', no label of {dataset}; give labels of "
-                         f"your own by --dataset folder --data-root {root}")
+        raise UsageError(f"label files of {root} have '{', '.join(odd):.200}', no label of {dataset}; for labels of "
+                         f"your own pass --dataset folder --data-root {root}")
     return labels_of(marked, names)
 
 
@@ -252,7 +252,7 @@ def nuswide(root, split, unlabelled="keep"):
         labels.append([{"0": 0, "1": 1}.get(value, -1) for value in values])
     labels = np.array(labels, np.int8).T
     _, photos = find_files(base, (), "Flickr", "images", "Images")
-    if not any(isfile(photos / file) for file in files[:100]):  # a mirror without the folders of the list?
+    if not any(isfile(photos / file) for file in files[:100]):  # perhaps a mirror without the list's folders
         files = [Path(file).name for file in files]
     policy = f"unlabelled={unlabelled}, {(labels == -1).sum()} odd values ignored"
     found = LabelledPhotos([photos / file for file in files], labels, policy)
@@ -294,7 +294,7 @@ def peta(root, split, partition="0", validation="train"):
     content = read_matlab(path)["peta"]
     rows_of = content["partion_attribute"][int(partition)]
     numbers = np.concatenate([rows_of[part] for part in parts_of(split, validation)])  # from 1
-    values = content["data"][numbers - 1, 4:]  # four other columns go before
+    values = content["data"][numbers - 1, 4:]  # the first four columns are no attributes
     labels = pick_attributes(values, content["attribute"], "peta")
     photos = [base / f"images/{number:05d}.png" for number in numbers]
     return LabelledPhotos(photos, labels, f"partition={partition}, validation={validation}")
@@ -304,7 +304,8 @@ SLIPS = {"oilfiled": "oilfield", "solarpannel": "solarpanel", "windtrubine": "wi
 
 
 def multiscene_headings(headings):
-    """-> the labels, in the order of the columns; the headings must be these, but for blanks and the owners' slips."""
+    """The labels in the order of the columns -> list. Raises ValueError where a heading differs by more than blanks and
+    the owners' slips."""
     names = list(LABEL_WORDS["multiscene"])
     for heading, name in zip_longest(headings, names, fillvalue=""):
         letters = re.sub(r"[\W_]", "", heading).lower()
@@ -314,7 +315,7 @@ def multiscene_headings(headings):
 
 
 def multiscene(root, split):
-    """MultiScene, the clean part. Its columns count by their place; headings that say something else are refused."""
+    """MultiScene, the clean part. Columns are read by their place; headings that say something else are refused."""
     name = "Tra.csv" if split == "train" else "Test.csv"
     base, path = find_files(root, ("multiscene", "MultiScene"), f"MultiScene-Clean/{name}", name)
     table = read_table(path, "multiscene", multiscene_headings)
@@ -325,7 +326,8 @@ def multiscene(root, split):
 
 
 def mlrsnet_headings(headings):
-    """A blank one, where one label lacks, is that label's, as in storage_tank.csv of June 2020."""
+    """Headings -> the same, with a single blank one replaced by the single label that is missing, as in
+    storage_tank.csv of June 2020."""
     lacking = set(LABEL_WORDS["mlrsnet"]).difference(headings)
     if headings.count("") == len(lacking) == 1:
         name = lacking.pop()
@@ -335,7 +337,7 @@ def mlrsnet_headings(headings):
 
 
 def mlrsnet(root, split, validation="train", split_seed=0):
-    """MLRSNet. Each category's CSV is read by its own header, for the order of their columns differs. split_seed: draws
+    """MLRSNet. Each category's CSV is read by its own header, because the order of columns differs. split_seed: draws
     40 / 10 / 50 % of every category (the owners' lists were not found). validation: the 10 % are trained on or dropped.
     """
     base, folder = find_files(root, ("mlrsnet", "MLRSNet"), "Labels", "labels")
@@ -384,13 +386,13 @@ PART = re.compile("(train|val|test)(val|ing|id|idation)?[0-9]*", re.IGNORECASE)
 
 
 def part_of(word):
-    """train, val or test, which may also be called training, valid or train2014 -> None for another word"""
+    """A word such as train, training, valid or train2014 -> "train", "val" or "test"; None for another word"""
     found = PART.fullmatch(word)
     return found and found[1].lower()
 
 
 def json_rows(path):
-    """{file: [labels]}, where a file may stand twice"""
+    """{file: [labels]}, in which a file may occur twice"""
     for file, labels in json.loads(read_text(path, "labels"), object_pairs_hook=list):
         yield file, dict.fromkeys(list.copy(labels), 1)
 
@@ -407,8 +409,8 @@ def jsonl_rows(path):
 
 
 def coco_rows(path):
-    """COCO's instances, beside the photos or in annotations/instances_<their folder>.json. A category without a box is
-    no label."""
+    """COCO's instances, beside the photos or in annotations/instances_<their folder>.json. A category without any box
+    is not a label."""
     place = "."
     if path.parent.name == "annotations":
         place = f"../{path.stem.removeprefix('instances_')}"
@@ -437,12 +439,12 @@ FORMS = (  # what reads the rows (file, {label: 1 or -1}) of a label file, and w
 
 
 def photos_under(base):
-    """Photos of a folder, any depth, hidden ones left out -> Paths"""
+    """Photos under a folder, at any depth, hidden ones left out -> sorted Paths"""
     return [path for path in files_under(base) if path.suffix.lower() in data.PHOTO_SUFFIXES]
 
 
 def label_files(base):
-    """-> (function of FORMS that reads your own labels, their files: [] where there is none)"""
+    """The user's own label files -> (function that reads them, from FORMS or folder_rows; their Paths, [] if none)"""
     for rows_of, *patterns in FORMS:
         files = sorted(path for pattern in patterns for path in base.glob(pattern))
         if files:
@@ -451,12 +453,12 @@ def label_files(base):
     folders = {photo.parent for photo in photos}
     names = {folder.name for folder in folders}
     if len(names) == 1 or base in folders or all(map(part_of, names)) or any(base.glob("*/labels.*")):
-        photos = []  # the folders are no labels
+        photos = []  # the folders are not labels
     return folder_rows, photos
 
 
 def own_table(base):
-    """Your own labels, of all parts -> data.Table. Raises UsageError."""
+    """The user's own labels, of all splits -> data.Table. Raises UsageError."""
     rows_of, files = label_files(base)
     if not files:
         find_files(base, (), "labels.csv", "labels.json")  # raises MissingFile
@@ -481,13 +483,13 @@ def own_table(base):
 
 
 def key_of(file):
-    """Names of photos are compared in this form: composition and case alike, "&" as "_", some folders left out."""
+    """The form in which photos' names are compared: composed, in lower case, "_" for "&", some folders left out."""
     return re.sub("(?<![^/])(images|jpegimages|annotations)/", "", fold(file).replace("&", "_"))
 
 
 def find_photos(base, files):
-    """Files as people write them, perhaps without suffix -> Paths; base / file where none is found. Raises UsageError
-    where a name fits two photos."""
+    """Files as people write them, perhaps without a suffix -> Paths; base / file if none is found. Raises UsageError if
+    a name fits two photos."""
     photos = [base / file for file in files]
     if all(map(isfile, photos)):
         return photos
@@ -500,20 +502,21 @@ def find_photos(base, files):
         if not isfile(base / file):
             photos[row], *others = known.get(key_of(file), [base / file])
             if others:
-                raise UsageError(f"{base}: '{file}' may be {photos[row]} or {others[0]}; write down the whole name")
+                raise UsageError(f"{base}: '{file}' may be {photos[row]} or {others[0]}; write the whole name")
     return photos
 
 
 def folder(root, split, split_seed=0):
-    """Your own photos and labels. The split is that of the table or lists, or of folders train and test; validation
-    photos are trained on, or tested on where there is no test. split_seed: draws 80 / 20 % where there is no split."""
+    """The user's own photos and labels. The split is that of the table or lists, or of folders train and test;
+    validation photos are trained on, or are the test photos where there are none. split_seed: draws 80 / 20 % where
+    there is no split."""
     base = Path(root)
     table = own_table(base)
     files = [normpath(file.replace("\\", "/")) for file in table.files]
     photos = find_photos(base, files)
     folders = [key_of(file).split("/")[0] for file in files]
     words = table.splits
-    if not any(words) and len(set(folders)) > 1:  # one folder is no split
+    if not any(words) and len(set(folders)) > 1:  # a single folder is no split
         words = folders
     parts = list(map(part_of, words))
     if None in parts:
@@ -545,8 +548,8 @@ UNLABELLED = {"unlabelled": ("keep", "drop")}
 PARTITION = {"partition": ("0", "1", "2", "3", "4")}
 SPLIT_SEED = {"split_seed": int}
 
-# files: the tree that is looked for under --data-root; source: who publishes it, <root> stands for --data-root;
-# policies: {keyword argument of the reader: its values, the first is the default, or int for a whole number}
+# files: the tree that is expected under --data-root; source: where to get it, with <root> for --data-root;
+# policies: {keyword argument of the reader: its values, the default first, or int for any whole number}
 READERS = {
     "voc2007": {
         "reader": voc2007,
@@ -566,7 +569,7 @@ READERS = {
         "reader": nuswide,
         "files": "nuswide/{ImageList/*Imagelist.txt, TrainTestLabels/Labels_<concept>_{Train,Test}.txt, "
                  "Flickr/<folder>/*.jpg}",
-        "source": "unpack ImageList.zip and Groundtruth.zip in <root>/nuswide and put the photos, to be asked for, "
+        "source": "unpack ImageList.zip and Groundtruth.zip in <root>/nuswide, ask its owners for the photos, put them "
                   "into Flickr; https://lms.comp.nus.edu.sg/wp-content/uploads/2019/research/nuswide/NUS-WIDE.html",
         "policies": UNLABELLED},
     "pa100k": {
@@ -607,15 +610,15 @@ READERS = {
     "folder": {
         "reader": folder,
         "files": "{labels.csv, labels.json, metadata.jsonl, COCO's annotations.json or VOC's *.xml; photos}",
-        "source": "labels.csv: a column of file names, then one of 0 and 1 a label, headed by the label, or one of "
+        "source": "labels.csv: a column of file names, then a column of 0 and 1 for each label, or one column of "
                   "labels (dog;cat), and perhaps a column \"split\" of train and test; labels.json: {\"photo.jpg\": "
-                  "[\"dog\", \"cat\"], ...}; or no file but a folder of photos for each label; all in docs/datasets.md",
+                  "[\"dog\", \"cat\"], ...}; or a folder of photos for each label; docs/datasets.md shows all forms",
         "policies": SPLIT_SEED},
 }
 
 
 def policies_of(dataset):
-    """What --policy takes for a dataset, "NAME=VALUE" each; N stands for a whole number. -> list of str"""
+    """The values of --policy that a dataset takes, "NAME=VALUE" each; N stands for a whole number. -> list of str"""
     if dataset == "scenes":
         return []
     words = []
@@ -627,7 +630,7 @@ def policies_of(dataset):
 
 
 def parse_policy(dataset, words):
-    """Words "NAME=VALUE" -> keyword arguments of the dataset's reader. Raises UsageError for what it does not take."""
+    """Words "NAME=VALUE" -> keyword arguments of the dataset's reader. Raises UsageError for words it does not take."""
     known = policies_of(dataset)
     policies = {}
     for word in words:
@@ -640,7 +643,7 @@ def parse_policy(dataset, words):
 
 
 def load_photos(dataset, root, split, count, policy):
-    """data.load_photos"""
+    """See data.load_photos."""
     policies = parse_policy(dataset, policy)
     if dataset == "scenes":
         total = {"train": 20000, "test": 2000}[split]
@@ -653,7 +656,7 @@ def load_photos(dataset, root, split, count, policy):
             found = entry["reader"](root, split, **policies)
         there = [isfile(photo) for photo in found.photos]
         if not any(there):
-            raise MissingFile(f"none of its {len(there):,} photos is there (first: {[*found.photos, '-'][0]})")
+            raise MissingFile(f"none of its {len(there):,} photos exists (first: {[*found.photos, '-'][0]})")
     except UsageError as error:
         message = f"{dataset}: {error}"
         if isinstance(error, MissingFile):
@@ -672,12 +675,12 @@ def load_photos(dataset, root, split, count, policy):
 
 # --- python datasets.py --check ---------------------------------------------------------------------------------------
 
-# {dataset, perhaps with a policy or its test photos' folder: [photos for training, for test], as the owners count them}
+# {dataset, perhaps with a policy or its test photos' folder: [training photos, test photos], as the owners count them}
 PUBLISHED = read_json(ASSETS / "labels/published.json", "published counts")
 
 
 def look_over(split, found, expected):
-    """Print counts of one part beside the published one -> list of what looks wrong."""
+    """Print the counts of one split beside the published ones -> list of what looks wrong, a line each."""
     count = len(found.photos)
     present = found.labels == 1
     print(f"{split:<6}{count:>9,} photos (published: {expected or 'not stated'}), {present.sum():,} positives, "
@@ -697,7 +700,8 @@ def look_over(split, found, expected):
 
 
 def check(dataset, root, policy=()):
-    """Print counts of a dataset beside the published ones -> list of what is wrong. Raises UsageError: no data."""
+    """Print the counts of a dataset beside the published ones -> list of what looks wrong. Raises UsageError if there
+    is no data."""
     train = load_photos(dataset, root, "train", None, policy)
     test = load_photos(dataset, root, "test", None, policy)
     expected = PUBLISHED.get(dataset, (None, None))
@@ -719,9 +723,9 @@ def check(dataset, root, policy=()):
 
 
 def main(words=None):
-    """The command line -> exit code, 2 if something is missing or looks wrong."""
+    """The command line -> exit code: 2 if something is missing or looks wrong, else 0."""
     known = "; ".join(f"{dataset}: {', '.join(policies_of(dataset)) or 'none'}" for dataset in READERS)
-    parser = argparse.ArgumentParser(description="Counts of a dataset, and what is wrong.", epilog=f"policies: {known}")
+    parser = argparse.ArgumentParser(description="Count a dataset and look for errors.", epilog=f"policies: {known}")
     parser.add_argument("--check", required=True, choices=READERS, help="the dataset")
     parser.add_argument("--data-root", default="data", metavar="D", help="folder of datasets (default: %(default)s)")
     parser.add_argument("--policy", nargs="+", default=[], metavar="NAME=VALUE", help="how doubtful labels are treated")

@@ -1,8 +1,8 @@
 """Metrics of multi-label recognition for many classes at once; scikit-learn is the oracle in the tests.
 
-N images, C labels. Scores are any real numbers for average precision, probabilities for the F1 family. Labels are 1
-present, 0 absent, -1 ignored (left out of that class only); VOC's own files have it otherwise (1, -1 absent, 0
-difficult): turn such labels first. Fractions in average_precision, percent everywhere else.
+N images, C labels. Scores are any real numbers for average precision, 0 to 1 for the F1 family. Labels are 1 present, 0
+absent, -1 ignored (left out of that class only); VOC's own files use other marks (1, -1 absent, 0 difficult): convert
+them first. Fractions in average_precision and brier_score, percent everywhere else.
 
 >>> import numpy as np, metrics
 >>> scores, labels = np.array([[0.9, 0.2], [0.8, 0.7], [0.1, 0.6]]), np.array([[1, 0], [0, 1], [1, -1]])
@@ -46,7 +46,7 @@ def _checked(scores, labels):
 
 def _check_range(scores):
     if scores.size and not 0 <= scores.min() <= scores.max() <= 1:  # nan, too
-        raise ValueError("scores must be probabilities here, 0 to 1; take the sigmoid of logits")
+        raise ValueError("scores must be from 0 to 1 here; take the sigmoid of logits")
 
 
 def _predicted(scores, threshold, top_k=None):
@@ -57,7 +57,7 @@ def _predicted(scores, threshold, top_k=None):
 
 
 def _strongest(scores, top_k):
-    """bool [N, C]: the top_k highest scores of each image; of equal scores the lower label index first"""
+    """The top_k highest scores of each image, of equal ones the lower label index first -> bool [N, C]"""
     classes = scores.shape[1]
     if not 1 <= top_k <= classes:
         raise ValueError(f"top_k must lie in 1..{classes}, got {top_k}")
@@ -71,9 +71,9 @@ def average_precision(scores, labels, interpolated=False):
     """Average precision of every class: the mean, over its positives, of the precision at the positive's score.
 
     scores: [N, C] real; labels: [N, C] of 1, 0, -1. Tied scores are one threshold, so the order of rows never matters.
-    interpolated: precision at a positive becomes the largest precision at that score or any lower one (VOC 2010-2012
-    devkit). Returns float64 [C], fractions; nan where a class has no positive. Raises ValueError on other shapes or
-    values, and on scores that are not finite.
+    interpolated: precision at a positive is replaced by the largest precision at that score or any lower one (VOC
+    2010-2012 devkit). Returns float64 [C], fractions; nan where a class has no positive. Raises ValueError for other
+    shapes or values, and for scores that are not finite.
 
     AP = 1/P sum over positives i of  #(positives >= s_i) / #(all >= s_i).
     """
@@ -91,16 +91,16 @@ def average_precision(scores, labels, interpolated=False):
 
 
 def _average_precision_of_class(scores, labels, interpolated):
-    """scores, labels: [N]. Only values are sorted, and the positives' ranks are found among them by bisection."""
+    """scores, labels: [N] -> float. Only values are sorted, and the positives' ranks are found by bisection."""
     positives = np.sort(scores[labels == 1])
     if not len(positives):
         return np.nan
     known = np.sort(scores[labels >= 0])
-    positives_above = len(positives) - np.searchsorted(positives, positives)  # [P], the positive itself included
+    positives_above = len(positives) - np.searchsorted(positives, positives)  # [P], counts the positive itself
     all_above = len(known) - np.searchsorted(known, positives)
     precision = positives_above / all_above
     if interpolated:
-        precision = np.maximum.accumulate(precision)  # positives ascend in score: the best at this recall or more
+        precision = np.maximum.accumulate(precision)  # positives ascend in score: best precision at this recall or more
     return precision.mean()
 
 
@@ -134,16 +134,16 @@ def _percent(**fractions):
 def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     """Per-class and overall precision, recall and F1, in percent.
 
-    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. Predicted: scores > threshold (a number, or one a class,
-    [C]), or, if top_k is given, the top_k highest of each image (ties: the lower label index first). Ignored entries
-    count nowhere. Returns dict CP CR CF1 OP OR OF1. CP, CR: means over classes of TP/(TP+FP) and TP/(TP+FN), 0 where
+    scores: [N, C] in 0..1; labels: [N, C] of 1, 0, -1. Predicted: scores > threshold (a number, or [C], one per class),
+    or, if top_k is given, the top_k highest of each image (ties: the lower label index first). Ignored entries count
+    nowhere. Returns dict CP CR CF1 OP OR OF1. CP, CR: means over classes of TP/(TP+FP) and TP/(TP+FN), 0 where
     undefined, as in RAM's public code; classes ignored everywhere are left out. CF1: harmonic mean of CP and CR, which
-    is not the mean of F1s (macro_f1). OP, OR, OF1: of the sums. Raises ValueError on bad shapes or values, or top_k
-    outside 1..C.
+    is not the mean of F1s (macro_f1). OP, OR, OF1: the same of TP, FP and FN summed over classes. Raises ValueError for
+    other shapes or values, or top_k outside 1..C.
     """
     scores, labels = _checked(scores, labels)
     predicted = _predicted(scores, threshold, top_k)
-    hit = (predicted & (labels == 1)).sum(0)  # [C], as the next three
+    hit = (predicted & (labels == 1)).sum(0)  # [C], like the next three
     claimed = (predicted & (labels >= 0)).sum(0)
     present = (labels == 1).sum(0)
     known = (labels >= 0).any(0)
@@ -159,10 +159,10 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
 def attribute_metrics(scores, labels, threshold=0.5):
     """Pedestrian-attribute metrics, in percent: dict mA, accuracy, precision, recall, F1.
 
-    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1. mA: mean over attributes of (TPR + TNR) / 2; an attribute
-    that lacks positives or lacks negatives is left out of it. The other four are per image, averaged over images:
+    scores: [N, C] in 0..1; labels: [N, C] of 1, 0, -1. mA: mean over attributes of (TPR + TNR) / 2; an attribute
+    without positives or without negatives is left out of it. The other four are per image, averaged over images:
     |G and P| / |G or P|, / |P|, / |G| (0 where the divisor is 0); F1 is the harmonic mean of the averaged precision and
-    recall. Ignored entries count nowhere. Raises ValueError as the others.
+    recall. Ignored entries count nowhere. Raises ValueError for other shapes or values.
     """
     scores, labels = _checked(scores, labels)
     present = labels == 1
@@ -187,10 +187,10 @@ def attribute_metrics(scores, labels, threshold=0.5):
 
 
 def macro_f1(scores, labels, threshold=0.5):
-    """Mean over classes of F1 = 2 TP / (claimed + present), as scikit-learn's macro average; percent.
+    """Mean over classes of F1 = 2 TP / (predicted + present), as scikit-learn's macro average; percent.
 
-    scores: [N, C] probabilities; labels: [N, C] of 1, 0, -1; threshold: a number, or [C]. Classes ignored everywhere
-    are left out; one that is neither claimed nor present has F1 0. Raises ValueError as the others.
+    scores: [N, C] in 0..1; labels: [N, C] of 1, 0, -1; threshold: a number, or [C]. Classes ignored everywhere are left
+    out; one that is neither predicted nor present has F1 0. Raises ValueError for other shapes or values.
     """
     scores, labels = _checked(scores, labels)
     predicted = _predicted(scores, threshold) & (labels >= 0)
@@ -201,10 +201,10 @@ def macro_f1(scores, labels, threshold=0.5):
 
 
 def reliability(probabilities, labels, bins=15):
-    """How often what is said to be so likely is so, over all known entries, in bins of equal width.
+    """How often labels of a given probability are present, over all known entries, in bins of equal width.
 
     probabilities: [N, C] in 0..1; labels: [N, C] of 1, 0, -1 -> [3, bins + 1]: entries, sum of their probabilities, how
-    many are present; the last bin is of probabilities that are exactly 1. Raises ValueError as the others.
+    many are present; the last bin holds probabilities of exactly 1. Raises ValueError for other shapes or values.
     """
     probabilities, labels = _checked(probabilities, labels)
     _check_range(probabilities)
@@ -215,25 +215,27 @@ def reliability(probabilities, labels, bins=15):
 
 
 def calibration_error(probabilities, labels, bins=15):
-    """Expected calibration error, percent: mean |mean probability - share present| of the bins, weighted by entries;
-    as torchmetrics' binary_calibration_error with norm l1 of all entries. Arguments: see reliability"""
+    """Expected calibration error, percent: mean over bins of |mean probability - share present|, weighted by entries,
+    as torchmetrics' binary_calibration_error with norm l1 over all entries. Arguments and errors: see reliability"""
     entries, said, present = reliability(probabilities, labels, bins)
     return 100 * float(_ratio(np.abs(said - present).sum(), entries.sum()))
 
 
 def brier_score(probabilities, labels):
-    """Mean squared difference of probability and label over all known entries; a fraction, 0 is best."""
+    """Mean squared difference of probability and label over all known entries; a fraction, 0 is best. Arguments and
+    errors: see reliability"""
     probabilities, labels = _checked(probabilities, labels)
     _check_range(probabilities)
     return _mean(((probabilities - labels) ** 2)[labels >= 0])
 
 
 def expected_f1_thresholds(probabilities):
-    """A threshold a class that maximises the F1 to be expected of these images; no label is used.
+    """For each class the threshold with the highest expected F1 on these images; no label is used.
 
-    probabilities: [N, C] in 0..1 -> float64 [C]. With k tagged, the likeliest, F(k) = 2 (sum of their probabilities) /
-    (k + sum of all). One more raises F where its p > F / 2, so the best set is all p > max F / 2. Where all are 0 the
-    threshold is 1. Raises ValueError for other values and shapes. Field: Ye et al. 2012; Lipton et al. 2014.
+    probabilities: [N, C] in 0..1 -> float64 [C]. If the k likeliest images are tagged, F(k) = 2 (sum of their
+    probabilities) / (k + sum of all). One more raises F if its p > F / 2, so the best set is all p > max F / 2. Where
+    all are 0 the threshold is 1. Raises ValueError for other values or shapes. Field: Ye et al. 2012; Lipton et al.
+    2014.
     """
     probabilities, _ = _checked(probabilities, np.zeros_like(probabilities))
     _check_range(probabilities)

@@ -1,4 +1,4 @@
-"""Pictures for people: a contact sheet and a page of tagged photos; a sheet that shows where labels were seen in one.
+"""A contact sheet and a page of tagged photos; a sheet that shows where in a photo its labels were seen.
 
 C labels, M regions of a square photo, row by row from the top left. A picture is a PNG, written whole or not at all.
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 
-TILE = 224  # pixels, width and height of the photo and of each map on the sheet of explanation
+TILE = 224  # pixels, width and height of the photo and of each map on the explanation sheet
 SQUARE = (TILE, TILE)
 SIDE = 260  # pixels, the longer side of a photo on the contact sheet
 BAR = 22    # pixels, from one bar to the next
@@ -26,7 +26,7 @@ LINE = 20   # pixels, from one line of text to the next
 GAP = 12    # pixels between the parts of a sheet
 SHEET = 48   # photos that a contact sheet shows at most
 PAGE = 2000  # photos that a page shows at most
-DIM = "#969aa2"  # text that may be overlooked
+DIM = "#969aa2"  # text of secondary importance
 ORANGE = np.float32([255, 150, 30])
 
 
@@ -42,7 +42,8 @@ def _write(sheet, path):
 
 
 def _write_text(sheet, x, y, text, fill="#e6e6e6", size=15):
-    """Pillow's own font knows ASCII alone. The rest is written in DejaVu, where matplotlib brings it, or as codes."""
+    """Pillow's own font has only ASCII. Other text is in DejaVu if matplotlib is installed; letters without a glyph are
+    written as codes."""
     font = ImageFont.load_default(size)
     if not text.isascii():
         if matplotlib := find_spec("matplotlib"):
@@ -55,10 +56,10 @@ def _write_text(sheet, x, y, text, fill="#e6e6e6", size=15):
 
 
 def contact_sheet(photos, names, scores, tags, path):
-    """One PNG of the photos with their four strongest labels as bars below each; chosen tags are bright, the rest grey.
+    """One PNG of the photos, each with its four strongest labels as bars below it, bright if they are tags, else grey.
 
-    photos: paths, of which at most SHEET are drawn; names: C; scores: [N, C] in 0..1; tags: for each photo the label
-    indices chosen. -> Path. Raises UsageError if it cannot be written.
+    photos: paths, of which at most SHEET are drawn; names: C; scores: [N, C] in 0..1; tags: for each photo the indices
+    of its tags. -> Path. Raises UsageError if it cannot be written.
     """
     photos = photos[:SHEET]
     width = SIDE + GAP
@@ -89,7 +90,7 @@ def contact_sheet(photos, names, scores, tags, path):
 
 
 def for_page(probabilities):
-    """Which photos a page shows: all, or where they are more than PAGE, the likeliest of each label and those likeliest
+    """Which photos a page shows: all, or, if there are more than PAGE, the likeliest of each label and those likeliest
     to show none. probabilities: [N, C] -> sorted rows"""
     rows = np.arange(len(probabilities))
     best_rank = np.full(len(rows), len(rows))
@@ -102,11 +103,11 @@ def for_page(probabilities):
 
 
 def page(path, lines, thumbnails, total, thresholds, top_k=None):
-    """One HTML file, assets/page.html with photos in it: thumbnails, tags, filters, a slider. -> Path
+    """One HTML file, assets/page.html filled with photos: thumbnails, tags, filters, a slider. -> Path
 
-    lines: N of JSON {"photo": path, "probabilities": {label: 0..1, likeliest first}}; thumbnails: bytes of a JPEG each;
-    total: photos in all; thresholds: {label: 0..1}, where the slider starts; top_k: so many tags a photo whatever the
-    thresholds, or None. Raises UsageError if it cannot be written.
+    lines: N of JSON {"photo": path, "probabilities": {label: 0..1, likeliest first}}; thumbnails: N JPEGs, bytes;
+    total: number of tagged photos; thresholds: {label: 0..1}, where the slider starts; top_k: number of tags per
+    photo, whatever the thresholds, or None. Raises UsageError if it cannot be written.
     """
     photos = []
     for line, thumbnail in zip(lines, thumbnails, strict=True):
@@ -118,12 +119,12 @@ def page(path, lines, thumbnails, total, thresholds, top_k=None):
                        "probabilities": list(entry["probabilities"].items())[:50]})
     content = json.dumps({"photos": photos, "total": total, "thresholds": thresholds, "top_k": top_k})
     template = data.read_text(data.ASSETS / "page.html", "template")
-    html = template.replace("/*DATA*/", content.replace("<", "\\u003c"))  # so no name ends the script
+    html = template.replace("/*DATA*/", content.replace("<", "\\u003c"))  # so that no name can end the script
     return data.write_atomically(path, html)
 
 
 def as_jpeg(image):
-    """PIL RGB -> bytes of a file"""
+    """PIL RGB -> bytes of a JPEG file"""
     stream = BytesIO()
     image.save(stream, "JPEG")
     return stream.getvalue()
@@ -154,8 +155,8 @@ def heat(seen, values):
 def explanation(path, title, seen, names, scores, strongest, maps, region_gate=None, label_gate=None, boxes=()):
     """Where the strongest labels were seen: a PNG with a row of maps for each of them. -> Path
 
-    title: the photo's name; seen: PIL RGB, the square that CLIP saw; scores: [C] in 0..1; strongest: label indices, a
-    row each; maps: [(title, float array [C, M]), ...], a column each; region_gate: [M] or None, drawn under the photo;
+    title: the photo's name; seen: PIL RGB, the square that CLIP saw; scores: [C] in 0..1; strongest: label indices, one
+    per row; maps: [(title, float array [C, M]), ...], one per column; region_gate: [M] or None, drawn under the photo;
     label_gate: [C] in 0..1 or None, printed beside the scores of the ten strongest labels; boxes: rows of (label index,
     left, top, right, bottom, ...) in shares of the square, outlined on the label's maps, and all of them on the photo.
     Raises UsageError if it cannot be written.
@@ -175,7 +176,7 @@ def explanation(path, title, seen, names, scores, strongest, maps, region_gate=N
             below = f"{values.min():.3g} to {values.max():.3g}"
         for box in boxes:
             corners = np.round(TILE * np.array(box[1:5]))
-            corners[2:] = np.maximum(corners[:2], corners[2:] - 1)  # the last pixel inside; one at least
+            corners[2:] = np.maximum(corners[:2], corners[2:] - 1)  # the last pixel inside, at least one pixel
             ImageDraw.Draw(picture).rectangle(list(corners), outline="white")
         _write_text(sheet, x, y, above)
         sheet.paste(picture, (x, y + LINE))

@@ -116,7 +116,7 @@ MISTAKES = {
         "f,dog,cat\na.png,1,0,1\n": "row of a.png: 4 cells, the first line has 3",
         'f,tags\na.png,"dog\nb.png,cat\n': "unexpected end",
         "f,dog\na.png,1\nb.png,x\n": "row of b.png: ",
-        "f,dog\na,1\n": "'a' may be .*a.* or .*a.*; write down the whole name",
+        "f,dog\na,1\n": "'a' may be .*a.* or .*a.*; write the whole name",
         "f,dog\nz.png,1\n": "none of its 1 photos .*expected",
     },
     "labels.json": {

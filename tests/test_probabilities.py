@@ -156,5 +156,5 @@ def test_thresholds_without_labels_find_what_labels_would(drawn):
 @pytest.mark.parametrize("bad", [np.nan, 1.01, -0.1])
 def test_only_probabilities_are_taken(bad):
     for function in (metrics.expected_f1_thresholds, lambda p: metrics.brier_score(p, p > 1)):
-        with pytest.raises(ValueError, match="not finite|must be probabilities"):
+        with pytest.raises(ValueError, match="not finite|must be from 0 to 1"):
             function(np.array([[0.1, bad]]))
