@@ -1,13 +1,13 @@
-"""What one would try first: libraries' classifiers that learn from the same texts as RP and label the same photos.
+"""Baselines for RP: library classifiers that are trained on the same texts and label the same photos.
 
     python experiments/baselines.py --features FILE.npz --output D    some minutes; options of adapter_rp.py
     python experiments/baselines.py --output D                        the drawn scenes
 
-A noisy copy of the texts has Gaussian noise of --noise-std times the mean text norm, as RP's, but drawn once; RP draws
-anew in every step. C by a fifth: the one whose mAP is best on a fifth of the texts after learning from the others, and
-which then learns from all; no photo takes part. C by the test photos: the one whose mAP is best on the very photos that
-it is scored on, so the most that any choice among STRENGTHS could give. Writes D/baselines.json, and the scores of
-logistic regression to D/scores.safetensors.
+A noisy copy of the texts has Gaussian noise of --noise-std times the mean text norm, like RP's, but drawn once; RP
+draws anew in every step. C by a fifth: the C with the best mAP on a fifth of the texts after training on the others;
+with it the classifier is then trained on all; no photo takes part. C by the test photos: the C with the best mAP on the
+very photos that it is scored on, so the most that any choice among STRENGTHS could give. Writes D/baselines.json, and
+the scores of logistic regression to D/scores.safetensors.
 """
 import sys
 import time
@@ -30,7 +30,7 @@ STRENGTHS = (0.01, 0.1, 1, 10, 100)
 
 
 def with_copies(texts, labels, count, noise_std, seed):
-    """Texts [N, D] and behind them noisy copies -> ([N (1 + count), D], their labels)"""
+    """Texts [N, D], followed by noisy copies -> ([N (1 + count), D], their labels)"""
     generator = torch.Generator().manual_seed(seed)
     norm = texts.norm(dim=-1).mean().item()
     copies = [rp.perturb_fused(texts, noise_std, "gaussian", norm, generator) for _ in range(count)]
@@ -38,7 +38,7 @@ def with_copies(texts, labels, count, noise_std, seed):
 
 
 def logistic_regression(inputs, texts, labels, seed, strength):
-    """A classifier a label on unit embeddings, equal to scikit-learn's LogisticRegression(C=strength) -> scores, C"""
+    """A classifier per label on unit embeddings, equal to scikit-learn's LogisticRegression(C=strength) -> scores, C"""
     def best(given, labels, photos, truth):
         def mAP(strength):
             return metrics.mean_average_precision(linear_probe(given, labels, photos, strength).numpy(), truth)
@@ -55,7 +55,7 @@ def logistic_regression(inputs, texts, labels, seed, strength):
 
 
 def network(inputs, texts, labels, seed, epochs):
-    """scikit-learn's MLPClassifier as wide as RP's adapter, all else its defaults -> scores [M, C], epochs"""
+    """scikit-learn's MLPClassifier, as wide as RP's adapter, otherwise with its defaults -> scores [M, C], epochs"""
     library = MLPClassifier(2 * texts.shape[1], max_iter=epochs, random_state=seed)
     library.fit(texts.numpy(), labels.numpy())
     return library.predict_proba(inputs.image_embeddings.numpy()), epochs
@@ -72,10 +72,10 @@ ROWS = (  # title, how it learns, C or epochs, noisy copies
 
 def main(argv):
     began = time.time()
-    config = run.parse(rp.Config, ["--seed", "0", "1", *argv], "What one would try before RP.", "")
+    config = run.parse(rp.Config, ["--seed", "0", "1", *argv], "Library classifiers beside RP.", "")
     device = run.set_up(config)
     folder = Path(config.output or "runs/baselines")
-    warnings.filterwarnings("ignore", "Stochastic Optimizer")  # that it could go on learning
+    warnings.filterwarnings("ignore", "Stochastic Optimizer")  # scikit-learn warns that training has not converged
     names = rp.names_of(config)
     inputs = rp.load_inputs(config, names) if config.features else rp.embed_inputs(config, device, names)
     texts = inputs.text_embeddings
@@ -88,7 +88,7 @@ def main(argv):
         values[name] = []
         seeds = config.seed
         if fit is logistic_regression:
-            seeds = seeds[:1]  # others change little
+            seeds = seeds[:1]  # other seeds change little
         for seed in seeds:
             given = with_copies(texts, labels, count, config.noise_std, seed)
             scores, chosen[name] = fit(inputs, *given, seed, setting)

@@ -3,11 +3,11 @@
     python experiments/benchmark.py all --output D       20 minutes on two cores: all but prompt tuning and the GPU
     python experiments/benchmark.py cost --output D      prompt tuning beside the adapter, for docs/results.md
     python experiments/benchmark.py gpu --output D       tagging, SSPA's training step, prompts; refuses without a GPU
-    python experiments/benchmark.py docs --output D      what `all` or `gpu` wrote -> its tables in docs/speed.md
+    python experiments/benchmark.py docs --output D      puts what `all` or `gpu` wrote into the tables of docs/speed.md
 
 Prints a line for each row and writes D/benchmark.json. A row has the milliseconds of each side (median over rounds),
-how many times as long as ours the others take, and the peak of the memory that a call takes (parameters and optimiser
-state are not counted). CLIP's weights are random: times do not depend on them.
+the ratio of the others' times to ours, and the peak memory of a call (parameters and optimiser state are not counted).
+CLIP's weights are random: times do not depend on them.
 """
 import argparse
 import functools
@@ -61,8 +61,8 @@ def timed(function):
 
 
 def interleave(functions, seconds):
-    """A B A B ...: milliseconds of each, median over the rounds that begin within so many seconds, after one that warms
-    up; with 0 seconds, of that one"""
+    """Calls in the order A B A B ... -> milliseconds of each, median over the rounds that begin within so many seconds,
+    after a first round that warms up; with 0 seconds those of the first"""
     rounds = [list(map(timed, functions))]
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
@@ -71,7 +71,7 @@ def interleave(functions, seconds):
 
 
 def peak_mib(function):
-    """Most of the memory that PyTorch allocated and had not freed during a call, MiB"""
+    """Peak of the memory that PyTorch allocates during a call and has not yet freed, MiB"""
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -90,13 +90,13 @@ class Bench:
         self.rows = []
 
     def sizes(self, sizes, small):
-        """What to measure; in a test, which sets seconds to 0, the small one"""
+        """The sizes to measure; in a test, which sets seconds to 0, only the small one"""
         if self.seconds:
             return sizes
         return [small]
 
     def compare(self, table, shape, sides, memory=True):
-        """Measures a row. sides: {name: () -> anything}, ours last; memory: its peak, too, where all is PyTorch's"""
+        """Measures a row. sides: {name: () -> anything}, ours last; memory: also its peak, if all of it is PyTorch's"""
         times = dict(zip(sides, interleave(sides.values(), self.seconds), strict=True))
         *others, ours = sides
         columns = {f"{side}, ms": ms for side, ms in times.items()}
@@ -108,10 +108,10 @@ class Bench:
         self.add(table, shape, columns)
 
     def gradients(self, table, shape, inputs, needed, formulas):
-        """Measures a row: each formula of the inputs, and the gradients of the needed tensors"""
+        """Measures a row: each formula on the inputs, with the gradients of the needed tensors"""
         def step(formula):
             output = formula(*inputs)
-            torch.autograd.grad(output, needed, output)  # any number serves as the gradient above: here the output
+            torch.autograd.grad(output, needed, output)  # any gradient of the output will do: here the output itself
         self.compare(table, shape, {side: functools.partial(step, formula) for side, formula in formulas.items()})
 
     def add(self, table, shape, columns):
@@ -132,7 +132,7 @@ def update(loss, optimiser):
 
 # --- RP ---------------------------------------------------------------------------------------------------------------
 def texts_and_labels(classes):
-    """Random text embeddings [TEXTS, WIDTH] and up to three labels for each, int8 [TEXTS, classes]"""
+    """Up to three random labels for each of TEXTS random texts -> embeddings [TEXTS, WIDTH], int8 [TEXTS, classes]"""
     labels = torch.zeros(TEXTS, classes, dtype=torch.int8)
     labels.scatter_(1, torch.randint(classes, (TEXTS, 3)), 1)
     return 5 * torch.randn(TEXTS, WIDTH), labels
@@ -165,8 +165,8 @@ def rp_step(bench):
 
 
 def authors_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
-    """The asymmetric loss by the formula of its authors' class AsymmetricLossOptimized, in place where autograd allows.
-    targets: floats, as that class takes them"""
+    """The asymmetric loss by the formula of its authors' class AsymmetricLossOptimized, in place where autograd allows
+    it. targets: floats, as that class takes them"""
     absent = 1 - targets
     p = torch.sigmoid(logits)
     q = 1 - p
@@ -190,7 +190,7 @@ def asymmetric_loss(bench):
 
 def average_precision(bench):
     """metrics.average_precision beside scikit-learn's and, where it is installed, torchmetrics'"""
-    embed.import_open_clip()  # mends torchvision, which torchmetrics imports
+    embed.import_open_clip()  # makes torchvision importable, which torchmetrics imports
     from sklearn.metrics import average_precision_score
     for photos, classes in bench.sizes([(4952, 20), (40504, 80)], (99, 3)):
         scores = torch.rand(photos, classes)
@@ -204,7 +204,7 @@ def average_precision(bench):
 
 
 def prompt_tuning(bench):
-    """What an adapter spares. Reference: a step of prompt tuning in TaI-DPT's form (16 learnable context tokens, C x 77
+    """What an adapter saves. Reference: a step of prompt tuning in TaI-DPT's form (16 learnable context tokens, C x 77
     tokens through ViT-B-32's frozen text encoder, 20 labels at a time); fused: an adapter step. Same batch and loss."""
     for classes in bench.sizes((20, 40, 80, 160, 320), 2):
         texts, labels = texts_and_labels(classes)
@@ -239,7 +239,7 @@ def random_clip(backbone):
 
 
 def labels_of(clip, count):
-    """COCO's names, again and again, with random features of what KAP reads -> sspa.Labels"""
+    """`count` of COCO's names, repeated if need be, with random features of KAP's texts -> sspa.Labels"""
     width, d = clip.model.text_projection.shape
     names = (data.label_names("coco2014") * 125)[:count]
     tokens = clip.tokenizer([f"X X X X {name}." for name in names])
@@ -266,7 +266,7 @@ def prompts(bench, clip=None):
 
 
 def parts(bench):
-    """Parts of SSPA with all gradients, but those of regions in the alignment: the image tower is frozen"""
+    """Parts of SSPA with all gradients, except those of regions in the alignment, since the image tower is frozen"""
     draw = torch.Generator()
     weights = list(sspa.QuaternionLinear(WIDTH, WIDTH, "fused", draw).parameters())
     quaternion = {"plain": sspa.quaternion_linear_reference, "fused": sspa.quaternion_linear_fused}
@@ -285,7 +285,7 @@ def parts(bench):
         shape = f"{B} photos, {C:,} labels, {M} regions"
         T = learnt(B, C, WIDTH, scale=0.04)
         X = learnt(B, M, WIDTH, scale=0.04)
-        first = (None, torch.randn(C, WIDTH), T, torch.randn(B, 1, WIDTH))  # only T_ca is of each photo and label
+        first = (None, torch.randn(C, WIDTH), T, torch.randn(B, 1, WIDTH))  # only T_ca varies with photo and label
         later = [learnt(B, C, WIDTH) for _ in range(4)]
         bench.gradients("First quaternion layer", shape, (first, *weights), [T, *weights], quaternion)
         bench.gradients("Later quaternion layer", shape, (later, *weights), [*later, *weights], quaternion)
@@ -298,8 +298,8 @@ def parts(bench):
 
 
 def training_step(clip, count, features_of, impl, prompts=None, tune_image="none"):
-    """A step of sspa.train with so many labels. features_of: () -> (x0 [B, d], X [B, M, d]); prompts: their features,
-    if they are not to be computed -> () -> loss"""
+    """A step of sspa.train with `count` labels. features_of: () -> (x0 [B, d], X [B, M, d]); prompts: their features,
+    or None if the step computes them -> () -> loss"""
     config = sspa.Config(tune_image=tune_image, impl=impl, lr=5e-5)
     model = sspa.SSPA(config, clip.model, labels_of(clip, count), 0).to(clip.device)
     optimiser = sspa.optimiser_of(config, model)
@@ -354,7 +354,7 @@ with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "
 
 def tagging(bench):
     """Whole commands on JPEGs, ViT-B-32, batches of 64. Bare: open_clip's model and transform in a DataLoader, nothing
-    kept or written. A command with one photo, which is mostly start, and the rate of all others."""
+    kept or written. Measured are a command with one photo, which is mostly start-up, and the rate of all others."""
     call = functools.partial(subprocess.run, check=True, capture_output=True, cwd=REPOSITORY)
     with tempfile.TemporaryDirectory() as folder:
         call([sys.executable, "adapter_rp.py", "--output", folder, "--backbone", "ViT-B-32", "--pretrained", "none",
@@ -379,7 +379,7 @@ def tagging(bench):
 
 
 def synchronisations(step):
-    """How often a step waits for the GPU, after the first; 0 without one"""
+    """How often a step other than the first waits for the GPU; 0 without one"""
     step()
     if not torch.cuda.is_available():
         return 0
@@ -392,8 +392,8 @@ def synchronisations(step):
 
 
 def gpu(bench):
-    """SSPA's training step in bf16 with its prompts, image tower frozen and tuned; how often the fused step waits for
-    the GPU; prompts alone"""
+    """SSPA's training step in bf16, prompts included, with the image tower frozen and tuned; how often the fused step
+    waits for the GPU; prompts alone"""
     for backbone, resolution, B, C in bench.sizes([("ViT-B-16", 224, 64, 80), ("ViT-B-16", 448, 64, 80)],
                                                   ("scenes", 64, 2, 2)):
         clip = embed.load_clip(backbone, "none", bench.device, "bf16", resolution)
@@ -417,12 +417,12 @@ TABLES = {"all": (rp_step, asymmetric_loss, average_precision, prompts, parts, s
 # --- docs/speed.md ----------------------------------------------------------------------------------------------------
 def check_commit(commit):
     if not re.fullmatch("[0-9a-f]+", commit):
-        raise UsageError(f"{PAGE.name} takes numbers of a commit without changes, not of {commit}; commit the changes "
-                         "and measure again")
+        raise UsageError(f"{PAGE.name} takes numbers of a clean commit only, not of {commit}; commit the changes and "
+                         "measure again")
 
 
 def table_of(record, name):
-    """benchmark.json -> the rows of a table, in Markdown; "machine": what it ran on, one line"""
+    """benchmark.json -> a table in Markdown; name "machine": one line about what it ran on"""
     if name == "machine":
         return ", ".join(f"{title} {fact}" for title, fact in record["machine"].items()) + "\n"
     rows = [row for row in record["rows"] if row["table"] == name]
@@ -434,7 +434,7 @@ def table_of(record, name):
 
 
 def write_docs(path):
-    """Fills the places of the record's command, <!-- speed COMMAND TABLE --> up to <!-- end -->."""
+    """Fills the places for the record's command in docs/speed.md, <!-- speed COMMAND TABLE --> up to <!-- end -->."""
     with data.reading(path, "benchmark", "make it with experiments/benchmark.py all"):
         record = json.loads(path.read_text("utf-8"))
         check_commit(record["machine"]["commit"])
@@ -445,7 +445,7 @@ def write_docs(path):
 
 
 def processor(device):
-    """The processor's name, where Linux knows it, and its vector instructions; the GPU's"""
+    """The processor's name, if Linux tells it, and its vector instructions; or the GPU's name"""
     if device == "cuda":
         return torch.cuda.get_device_name()
     name = platform.processor() or platform.machine()
@@ -467,7 +467,7 @@ def main(words):
     if args.command == "gpu":
         device = "cuda"
         if not torch.cuda.is_available():
-            raise UsageError("PyTorch finds no GPU on this machine")
+            raise UsageError("gpu: PyTorch finds no GPU on this machine; run all or cost")
     machine = {"command": args.command, "processor": processor(device), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "commit": run.commit()}
     if args.command == "all":

@@ -2,10 +2,10 @@
 
     python experiments/curve.py --seed 0 1 2 --output D        some ten minutes, drawn scenes; options of sspa.py
 
-From 50 to 1,000 labelled pictures learn, the image tower frozen: SSPA with its default number of epochs; SSPA with the
-number of steps, and the linear probe with the C, whose mAP is best on a fifth of these pictures after learning from the
-others, and which then learn from all. The seed draws the fifth, too. Prints mAP on the test pictures, percent, and what
-was chosen, and writes D/curve.json.
+On 50 to 1,000 labelled pictures, with the image tower frozen, are trained: SSPA with its default number of epochs; SSPA
+with the number of steps, and the linear probe with the C, that has the best mAP on a fifth of these pictures after
+training on the others; both are then trained on all of them. The seed draws the fifth, too. Prints mAP on the test
+pictures, percent, and what was chosen, and writes D/curve.json.
 """
 import math
 import sys
@@ -38,7 +38,7 @@ def main(argv):
     labels = sspa.labels_of(config, clip, names)
 
     def features(found):
-        return sspa.with_features(config, clip, found, names, True)  # from the cache, but the first time
+        return sspa.with_features(config, clip, found, names, True)  # from the cache, except the first time
 
     def sspa_mAP(photos, tested, seed, steps):
         count = len(photos.photos)
@@ -55,7 +55,7 @@ def main(argv):
         return metrics.mean_average_precision(logits.numpy(), tested.labels.numpy())
 
     def best(mAP, candidates, found, seed):
-        """What scores best on a fifth of the photos after learning from the others"""
+        """The candidate with the best mAP on a fifth of the photos after training on the others"""
         order = np.random.default_rng(seed).permutation(len(found.photos))
         count = len(order) // 5
         fifth = features(found.at(order[:count]))

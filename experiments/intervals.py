@@ -1,7 +1,7 @@
-"""95 % intervals by bootstrap over the test photos, of what a run left in scores.safetensors.
+"""95 % intervals by bootstrap over the test photos, from the scores that a run left in scores.safetensors.
 
 That file holds truth int8 [N, C] of 1, 0, -1 (ignored) and float32 [N, C] scores: "zero_shot" and other baselines, and
-"seed 0", "seed 1", ... of the method. Runs with as many test photos share their draws, so that differences are paired.
+"seed 0", "seed 1", ... of the method. Runs with equally many test photos share their draws: differences are paired.
 Shapes: N photos, C labels, S seeds, W weightings of the photos: WHOLE counts each once, DRAWN are 1,000 draws with
 replacement, each THIRD is a random third of them, and REST the photos that are not in it. Percent.
 """
@@ -23,7 +23,7 @@ REST = slice(1 + DRAWS + SPLITS, None)
 
 
 def photo_weights(count):
-    """How often each of count photos counts -> float32 [N, W]"""
+    """How often each of `count` photos counts in each weighting -> float32 [N, W]"""
     draw = np.random.default_rng(0)
     drawn = draw.multinomial(count, np.full(count, 1 / count), DRAWS)
     third = draw.random((SPLITS, count)).argsort(1) < count / 3
@@ -60,8 +60,8 @@ def weighted_macro_f1(predicted, truth, weights):
 
 
 def sampled(path, config):
-    """config: of the run's metrics.json -> {metric: [S, W]}: mAP, <baseline>_mAP, macro F1 of two kinds of threshold.
-    Without a config, of baselines.json: {name: [1, W]}, mAP"""
+    """config: from the run's metrics.json -> {metric: [S, W]}: mAP, <baseline>_mAP, macro F1 with two kinds of
+    threshold. Without a config, for the scores of experiments/baselines.py: {name: [1, W]}, mAP"""
     tensors = load_file(path)
     truth = tensors.pop("truth")
     weights = photo_weights(len(truth))
@@ -89,12 +89,12 @@ def sampled(path, config):
 
 
 def bounds(values):
-    """[W] -> [low, high] of the draws"""
+    """[W] -> [low, high], the bounds of the 95 % interval over the draws"""
     return np.percentile(values[DRAWN], [2.5, 97.5]).tolist()
 
 
 def difference(one, other):
-    """Of two [S, W] -> [mean difference, its standard error over seeds, low, high]"""
+    """The difference of two [S, W] -> [mean, its standard error over seeds, low, high]"""
     values = one.mean(0) - other.mean(0)
     variance = 0.0
     for rows in (one, other):
@@ -104,8 +104,8 @@ def difference(one, other):
 
 
 def gain_of_chosen(values, default):
-    """What the setting of the best mAP on a third of the photos gains over the default, on the rest. values: {setting:
-    [S, W]}, default among them -> [mean, standard deviation over thirds]"""
+    """What the setting with the best mAP on a third of the photos gains over the default on the rest. values: {setting:
+    [S, W]}, the default among them -> [mean, standard deviation over thirds]"""
     means = np.array([rows.mean(0) for rows in values.values()])                 # [settings, W]
     best = means[:, THIRD].argmax(0)
     rest = means[:, REST]

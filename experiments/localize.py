@@ -5,14 +5,14 @@
     python experiments/localize.py --checkpoint FILE --dataset coco2014 --data-root D --gpu 0 --output runs/maps
 
 Half a minute for 2,000 scenes on two cores. A folder of checkpoints (sspa.py --save-all) is averaged over seeds.
-Other words are options of sspa.py. DIR gets localize.json, which names photos of median score, too.
+Other options are those of sspa.py. The --output folder gets localize.json, which also names photos of median score.
 
-Asked is for each present label with a clear box (VOC's difficult things and COCO's crowds are not) of which at least
-half is in the square that CLIP sees. Maps are compared at 64 x 64 points, upsampled bilinearly.
+Scored are the present labels with a clear box (VOC's difficult things and COCO's crowds are not clear) of which at
+least half is in the square that CLIP sees. Maps are compared at 64 x 64 points, upsampled bilinearly.
 - pointing game (Zhang et al., Excitation Backprop, ECCV 2016): a hit if the map's highest point is in a box of the
-  label, or within 15 pixels of one at 224, whatever the resolution; equally high points share it. Percent of hits,
-  averaged over labels as there. "things": over all that was asked; small, medium, large: of those, by the largest box,
-  as COCO divides (32 x 32 and 96 x 96 pixels of the photo).
+  label, or within 15 pixels of one at 224, whatever the resolution; equally high points share the hit. Percent of hits,
+  averaged over labels as in that paper. "things": averaged over all things instead; small, medium, large: of those, by
+  the largest box, with COCO's limits (32 x 32 and 96 x 96 pixels of the photo).
 - pixel AP: average precision of points in the boxes against the others; those in boxes that are not clear are left out.
 - absent: how often a label drawn from those not in the photo peaks as high as the present one; 50 is chance.
 """
@@ -44,7 +44,7 @@ from data import UsageError
 
 POINTS = 64            # a side of the square
 TOLERANCE = 15 / 224   # of the pointing game, in sides of the square
-SIZES = (32 ** 2, 96 ** 2)  # pixels of the smallest medium box, of the smallest large one
+SIZES = (32 ** 2, 96 ** 2)  # pixels of the smallest medium box and of the smallest large one
 CHANCE = "chance (share of area)"
 CENTRE = "always the centre"
 ZERO_SHOT = "zero-shot cosine of regions"
@@ -102,15 +102,15 @@ def judged(maps, marks, near):
 
 
 def questions(photo, truth, names, row):
-    """What is asked of a photo -> [(label, an absent label, marks, near, pixels of its largest clear box), ...], number
-    of things that the crop cuts off. truth: int8 [C]; row seeds the draw of absent labels. UsageError: no boxes."""
+    """A photo's labels to score -> [(label, an absent label, marks, near, pixels of its largest clear box), ...], how
+    many things the crop cuts off. truth: int8 [C]; row seeds the draw of absent labels. UsageError without boxes."""
     places = datasets.boxes_of(photo, names)
     if places is None:
         raise UsageError(f"photo {photo}: no boxes are known; use scenes, voc2007 or coco2014")
     boxes, kept = datasets.in_view(*places)
     pixels = datasets.area(places[0][kept, 1:5])
     if isinstance(photo, tuple):
-        boxes[:, 5] = 1  # what is hidden in a drawn scene is asked for, as it is labelled
+        boxes[:, 5] = 1  # hidden things of a drawn scene are scored, since they are labelled
     absent = np.flatnonzero(truth == 0)
     draw = np.random.default_rng([0, row])
     asked = []
@@ -124,8 +124,8 @@ def questions(photo, truth, names, row):
 
 
 def answers(tagger, class_prompts, x0, X, places, asked):
-    """asked: of questions, in K rows, of the photos in these places of x0 and X -> {map: [K, 3]: hit, pixel AP, absent
-    as high}"""
+    """asked: K rows of questions, about the photos in these places of x0 and X -> {map: [K, 3]: hit, pixel AP, whether
+    the absent label peaks as high}"""
     present, absent, marks, near, _ = (np.array(column) for column in zip(*asked, strict=True))
     count = len(asked)
     rows = torch.tensor(places + places, device=X.device)
@@ -171,7 +171,7 @@ def score(tagger, photos, names):
 
 
 def summary(values, labels, pixels):
-    """values: [K, 3] of answers -> percent; a size without a thing is None"""
+    """values: [K, 3] of answers -> the columns of the table in percent; None for a size that no thing has"""
     of_labels = [values[labels == label].mean(0) for label in np.unique(labels)]
     pointing, ap, absent = 100 * np.mean(of_labels, 0)
     numbers = {"pointing": pointing, "pixel AP": ap, "absent": absent, "things": 100 * values[:, 0].mean()}
@@ -185,8 +185,8 @@ def summary(values, labels, pixels):
 
 
 def examples(found, rows, photos):
-    """Photos by the mean pixel AP of the two maps that explain.py draws: the median of all, and of those where DSF's
-    attention misses a thing -> {"median": photo, "miss": photo}"""
+    """The photos with the median of the mean pixel AP of the two maps that explain.py draws: of all photos, and of
+    those where DSF's attention misses a thing -> {"median": photo, "miss": photo}"""
     shown = [found[name] for name in ("DSF attention", "similarity after GDMA") if name in found]
     ap = np.mean([values[:, 1] for values in shown], 0)
     ap_of_photo = {row: ap[rows == row].mean() for row in np.unique(rows)}
@@ -211,7 +211,7 @@ def title_of(config):
 
 
 def localize(config, path, device):
-    """All about one checkpoint -> dict"""
+    """The results of one checkpoint -> dict"""
     tensors, metadata = run.read_checkpoint(path, "sspa")
     config = run.as_trained(config, metadata)
     names = sspa.names_of(config)
@@ -228,7 +228,7 @@ def localize(config, path, device):
 
 
 def printed(models):
-    """Rows of a table, mean and spread over seeds"""
+    """Prints the table, mean and sample standard deviation over seeds."""
     first = models[0]
     seeds = " ".join(str(model["seed"]) for model in models)
     print(f"{first['title']}: {first['dataset']}, {first['photos']:,} photos, {first['asked']:,} things asked for, "

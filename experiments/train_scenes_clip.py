@@ -1,11 +1,11 @@
-"""Train the tiny CLIP of scenes, with open_clip's own model, tokenizer and contrastive loss.
+"""Train the toy CLIP of scenes, with open_clip's own model, tokenizer and contrastive loss.
 
     python experiments/train_scenes_clip.py     about 15 minutes on two cores, writes assets/scenes_clip.safetensors
 
-The checkpoint that ships was made like this (seed 0), and everything measured on scenes hangs on it: another one goes
-elsewhere (--output) and is tried with --pretrained FILE. It is float16 and small, because only those rows of the token
-embedding are trained and stored which captions, label descriptions and prompts can reach; embed.load_clip puts them
-back into the full table of 49,408 rows. One caption in twenty-five is the description of the largest thing, so that the
+The shipped weights were made like this (seed 0), and everything measured on scenes depends on them: write others
+elsewhere (--output) and try them with --pretrained FILE. They are float16 and few, because only those rows of the token
+embedding are trained and stored that captions, label descriptions and prompts can reach; embed.load_clip puts them back
+into the full table of 49,408 rows. One caption in twenty-five is the description of the largest thing, so that the
 words of descriptions mean something to the text tower.
 """
 import argparse
@@ -40,8 +40,8 @@ def draw_all(count, preprocess):
 
 
 def reachable_tokens(tokenizer, captions, descriptions):
-    """Ids of the tokens in captions, descriptions and prompts, in the tokenizer's own order: so the end token stays the
-    largest id, where CLIP reads a text's features. No token spans two words. -> int64 [K]"""
+    """Ids of the tokens in captions, descriptions and prompts, in the tokenizer's own order, so that the end token, at
+    which CLIP reads a text's features, keeps the largest id. No token spans two words. -> int64 [K]"""
     words = {word for text in [*captions, *descriptions.values(), "a photo of an"] for word in text.split()}
     for thing in scenes.THINGS.values():
         for name in thing.words:
@@ -50,7 +50,7 @@ def reachable_tokens(tokenizer, captions, descriptions):
 
 
 def caption_of(rng, layout, descriptions):
-    """What a person says of a picture, now and then the description of its largest thing"""
+    """A caption of a picture, now and then the description of its largest thing"""
     if rng.random() >= DESCRIPTION_SHARE:
         return scenes.person_caption(rng, *layout)
     _, items = layout
@@ -87,7 +87,7 @@ def train(options):
     optimiser = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), fused=True)
 
     def share(step):
-        """Of the peak learning rate: warm-up, then cosine"""
+        """Share of the peak learning rate: warm-up, then cosine"""
         return min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / options.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, share)
     for step in range(options.steps):
@@ -116,7 +116,7 @@ def train(options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the tiny CLIP of scenes; the defaults made the one that ships.",
+    parser = argparse.ArgumentParser(description="Train the toy CLIP of scenes; the defaults made the shipped one.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=scenes.CHECKPOINT, help="file to write")
     for name, default in (("pictures", 24000), ("steps", 5000), ("batch-size", 128), ("seed", 0), ("lr", 1.5e-3)):
