@@ -24,7 +24,7 @@ class Bomb:
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
-    """The current folder is the test's own."""
+    """The current folder is a temporary one of the test."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -59,7 +59,7 @@ def command(tmp_path_factory):
 def start(cache, tmp_path_factory):
     """start("sspa.py", "--epochs 2 --output", path) -> forked.Running, on the CPU, in a folder elsewhere. Words are
     split as a shell would, paths are not; other arguments are those of forked.as_script, or environment variables."""
-    import forked  # takes seconds, of tests that need it
+    import forked  # takes seconds, which only tests that need it shall spend
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
@@ -68,12 +68,12 @@ def start(cache, tmp_path_factory):
 
     def begin(script, *words, stdout="stdout", stderr="stderr", full_at=None, **environment):
         place = tmp_path_factory.mktemp("command")
-        typed = ["--cache", cache]  # a later one is taken
+        typed = ["--cache", cache]  # a later --cache overrides it
         for word in words:
             typed += [str(word)] if isinstance(word, Path) else shlex.split(word)
         if "--gpu" not in typed:
             typed.append("--cpu")
-        stdout = stdout and place / stdout  # an absolute path stays what it is
+        stdout = stdout and place / stdout  # an absolute path stays as it is
         stderr = place / stderr
         process = multiprocessing.get_context("forkserver").Process(
             target=forked.as_script, args=(script, typed, place, stdout, stderr, environment, full_at))

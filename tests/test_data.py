@@ -48,7 +48,7 @@ def test_reading_translates_what_its_block_raises(raised, kind, message):
 
 
 def test_writing(tmp_path):
-    """Strict JSON; on a full disk and in a place that takes no file the old content stays."""
+    """Strict JSON; on a full disk, and in a place that cannot be written, the old content stays."""
     path = tmp_path / "a/x"
     data.write_json(path, {"value": float("nan"), "more": [-np.inf, 1e-300], "path": Path("p")})
     old = path.read_text()
@@ -61,14 +61,14 @@ def test_writing(tmp_path):
 
 
 def test_a_held_file_is_free_after_its_with(tmp_path):
-    """That others are refused, and that a killed process frees it, is in test_cli.py."""
+    """test_cli.py tests that others are refused, and that a killed process releases the lock."""
     with data.hold(tmp_path / "made/.lock", "runs/a") as held:
         assert held.is_locked
     assert not held.is_locked
 
 
 def read(path):
-    """A file, as what its name says"""
+    """Reads a file as what its name says"""
     names = ["dog", "cat"]
     if path.name == "labels.txt":
         data.read_labels(path)
@@ -166,7 +166,7 @@ def test_label_file(tmp_path, capsys):
 
 
 def test_format_characters_make_no_second_label():
-    """But the joiners of some scripts; those that turn the direction of writing are refused."""
+    """Except the joiners of some scripts; marks that turn the direction of writing are refused."""
     for letter in map(chr, range(sys.maxunicode + 1)):
         if unicodedata.category(letter) == "Cf" and letter not in "\u200c\u200d":
             with pytest.raises(UsageError, match="stands twice|not a label name"):
@@ -195,14 +195,14 @@ def test_texts_of_files(tmp_path, capsys, name, content, texts):
 @pytest.mark.parametrize("dataset, names", [
     ("scenes", scenes.NAMES), ("scenes", ["boat", "sun"]), ("folder", ["dog", "apple", "fire truck"])])
 def test_default_texts(dataset, names):
-    """The matcher reads back the labels; where labels are few, sentences without any stay."""
+    """match_nouns finds the labels again; with few labels, sentences without any are kept."""
     texts, labels, _ = data.default_texts(dataset, names, 300)
     np.testing.assert_array_equal(data.match_nouns(texts, names, data.synonyms_of(names, dataset)), labels)
     assert labels.any(1).all() == (names != ["boat", "sun"])
 
 
 def test_template_sentences():
-    """Every label stands first equally often, and in others' company too."""
+    """Every label stands first equally often, and sometimes beside others."""
     texts, labels = data.template_texts(["dog", "apple"], 300)
     assert sum(text.find("dog") % 99 < text.find("apple") % 99 for text in texts) == 150
     assert labels.sum() > 350
@@ -245,8 +245,8 @@ def test_photos_of_a_folder(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("mark, corner", [(1, (0, 0)), (3, (31, 15)), (6, (15, 0)), (8, (0, 31))])
 def test_exif_marks_turn_a_photo_upright(tmp_path, mark, corner):
-    """Stored with a bright upper left corner; 6: to be turned clockwise, which puts that on the upper right. Of 16 bits
-    a pixel the upper 8 count."""
+    """Stored with a bright upper left corner; EXIF's 6 turns it clockwise, which puts that at the upper right. Of 16
+    bits per pixel the upper 8 count."""
     pixels = np.zeros((16, 32), np.uint16)
     pixels[0, 0] = 40000
     exif = Image.Exif()
@@ -256,7 +256,7 @@ def test_exif_marks_turn_a_photo_upright(tmp_path, mark, corner):
 
 
 def test_drawn():
-    """Fewer are among more, over the whole set, by a fixed seed."""
+    """A smaller draw is part of a larger one; both cover the whole set, by a fixed seed."""
     assert data.drawn(1000, 10).tolist() == sorted(np.random.default_rng(0).permutation(1000)[:10])
     assert len({*data.drawn(46000, 200) // 1000}) > 40  # of 46 categories, one after the other
     assert data.drawn(9).tolist() == data.drawn(9, 20).tolist() == list(range(9))
@@ -266,7 +266,7 @@ def test_drawn():
 
 
 def test_missing_photos_are_left_out_before_some_are_drawn(tmp_path, capsys):
-    """Photos 0, 1, 2, 4, 5, 6 are for training, three of them are there; two of those are drawn, with their labels."""
+    """Photos 0, 1, 2, 4, 5, 6 are for training, three of them exist; two of those are drawn, with their labels."""
     photos(tmp_path, "4.png", "5.png", "6.png")
     write(tmp_path / "labels.json", json.dumps({f"{n}.png": [f"n{n}"] for n in range(7)}))
     found = data.load_photos("folder", tmp_path, "train", 2, ["split_seed=1"])
@@ -282,7 +282,7 @@ def test_labels_of_other_values_are_refused():
 
 
 def test_identity(tmp_path):
-    """Follows the labels' content, and the drawing code."""
+    """It changes with the labels' content, and with the drawing code."""
     dog, cat = [data.identity("folder", write(tmp_path / "labels.csv", name).parent) for name in ("dog", "cat")]
     assert dog != cat
     assert data.identity("scenes", None).startswith(scenes.DIGEST)

@@ -22,7 +22,7 @@ def load(dataset, root, split, *policy):
 
 
 def backwards(dataset):
-    """Labels as its files spell them, in an order that is not ours."""
+    """Labels as the dataset's files spell them, in another order than ours."""
     return list(data.LABEL_WORDS[dataset])[::-1]
 
 
@@ -32,7 +32,7 @@ def one_hot(names, *labels):
 
 
 def table(names, labels, file, separator=","):
-    """A table with a column a name; row n is the file of number n, with one label"""
+    """A table with a column for each name; row n is file number n, with one label"""
     lines = [["file", *names]]
     for number, row in enumerate(one_hot(names, *labels)):
         lines.append([file.format(number), *map(str, row)])
@@ -164,7 +164,7 @@ TREES = {
 
 
 def plant(root, files, folder, expected):
-    """The files, and a file for every photo that is expected -> folder of the photos"""
+    """Writes the files, and a file for every photo that is expected -> folder of the photos"""
     for photo in "; ".join(expected.values()).split("; "):
         write(root / folder / photo.split(":")[0], "")
     for path, content in files.items():
@@ -174,8 +174,8 @@ def plant(root, files, folder, expected):
 
 @pytest.mark.parametrize("dataset", TREES)
 def test_published_tree_to_labels(tmp_path, dataset):
-    """Without files the message names tree and source; with them every photo has its labels. One folder too high, the
-    message names the right one."""
+    """Without files the message names tree and source; with them every photo has its labels. If --data-root is one
+    folder too high, the message names the right one."""
     root = tmp_path / "D"
     with pytest.raises(UsageError, match=f"^{dataset}: no .* under {root}; expected {root}/.*; .* ") as error:
         load(dataset, root, "train")
@@ -212,8 +212,8 @@ def test_damaged_files(tmp_path, path, content, reason):
 
 
 def test_faulty_labels_of_mlrsnet(tmp_path, capsys):
-    """As in the labels of May 2021: a photo with 14, and no stadium among the photos of stadiums. The column that the
-    reader had to name is said once."""
+    """As in the labels of May 2021: a photo with 14 labels, and no photo of stadiums labelled stadium. The column that
+    the reader had to name is reported once."""
     plant(tmp_path, *TREES["mlrsnet"])
     write(tmp_path / "mlrsnet/Labels/stadium.csv", table(MLRSNET, ["airplane"], "") + "\nx.jpg" + ",1" * 14 + ",0" * 46)
     write(tmp_path / "mlrsnet/Labels/empty.csv", table(MLRSNET, [], ""))
@@ -236,7 +236,7 @@ def test_faulty_labels_of_mlrsnet(tmp_path, capsys):
     "mlrsnet annotations all 109161 547891 0",
     "peta annotations man 19000 10421 0"])
 def test_real_files(shared, monkeypatch, line):
-    """Of a label: photos, positives and ignored ones, counted before by text search in the owners' files."""
+    """Photos, and a label's positives and ignored ones, as counted earlier by text search in the owners' files."""
     dataset, root, label, *counts = line.split()
     if root == "annotations":  # of these the photos are not there
         monkeypatch.setattr(datasets, "isfile", lambda path: True)
@@ -273,8 +273,8 @@ def test_check(command, shared, words, stdout, stderr):
 
 
 def test_check_of_your_own_folder(tmp_path, capsys):
-    """Nothing wrong is 0; a missing photo, a torn one, a label that no photo has and a photo without labels are found.
-    """
+    """Exit code 0 if nothing is wrong; it finds a missing photo, a torn one, a label that no photo has and a photo
+    without labels."""
     photos(tmp_path, "0.png", "1.png", "2.png")
     words = ["--check", "folder", "--data-root", str(tmp_path)]
     good = "file,split,dog,cat\n0.png,train,1,1\n1.png,train,1,0\n2.png,test,1,1\n"
@@ -293,7 +293,7 @@ def test_check_of_your_own_folder(tmp_path, capsys):
 
 
 def test_report_names_labels_without_a_positive(capsys):
-    """mAP leaves them out; in CF1 and macro F1, which are 1 for dog alone, they are 0."""
+    """mAP leaves out labels without a positive; in CF1 and macro F1, which are 1 for dog alone, they count 0."""
     truth = np.array([[1, 0], [0, 0]])
     scores = torch.tensor([[0.9, 0.1], [0.1, 0.1]])
     measured = run.measure(scores, scores, None, truth)
@@ -310,7 +310,7 @@ CATEGORIES = [{"id": 0, "name": "things"}, {"id": 1, "name": "fire_truck"}, {"id
 
 
 def coco(*images):
-    """COCO's instances of images (file, category of its box, 0 for none)"""
+    """COCO's instances; images: (file, category of its box, 0 for none)"""
     content = {"images": [], "annotations": [], "categories": CATEGORIES}
     for number, (file, category) in enumerate(images):
         content["images"].append({"id": number, "file_name": file, "width": 9, "height": 9})
@@ -366,7 +366,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_of_your_own_folder(tmp_path, form):
-    """Parts share their labels; boxes are where the labels are; a run's settings change with each label file."""
+    """Train and test have the same labels; boxes agree with the labels; settings change with each label file."""
     files, expected = FORMS[form]
     plant(tmp_path, files, "", expected)
     names = set()
@@ -408,7 +408,7 @@ def test_folders_that_are_no_labels(tmp_path, there):
 
 
 def test_tenth_set(tmp_path, monkeypatch, capsys):
-    """What docs/datasets.md tells to add, as it stands there, is all that a set needs."""
+    """What docs/datasets.md says to add is, word for word, all that a set needs."""
     page = data.read_text(REPOSITORY / "docs/datasets.md", "page")
     code, = re.findall("```python\n(.*?)```", page, re.S)
     names, = re.findall("```json\n(.*?)```", page, re.S)

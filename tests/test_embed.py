@@ -33,8 +33,7 @@ open_clip = embed.import_open_clip()
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    """{name: file of random weights, which half precision holds, too} of small models, which open_clip knows from here
-    on."""
+    """Small models, which open_clip knows from here on -> {name: file of random weights, exact in half precision}"""
     folder = tmp_path_factory.mktemp("towers")
     text = {"context_length": 40, "width": 32, "heads": 2, "layers": 2}
     unmasked = {**text, "no_causal_mask": True, "pool_type": "last"}
@@ -72,8 +71,8 @@ class MeanColour:
 @pytest.mark.parametrize("name, resolution", [
     ("small-ViT", None), ("small-ViT", 96), ("small-ResNet", None), ("small-Sigmoid", 64)])
 def test_embeddings_equal_open_clips(towers, name, resolution):
-    """The same weights loaded, resized and preprocessed by open_clip alone. We get them in half precision, as many
-    publish them; the first text is too long, one is empty."""
+    """Against the same weights loaded, resized and preprocessed by open_clip alone. Ours are stored in half precision,
+    as many are published; the first text is too long, one is empty."""
     texts = ["boat " * 99, "a red boat at sea", ""]
     model, _, preprocess = open_clip.create_model_and_transforms(name, towers[name], force_image_size=resolution)
     images = torch.stack([preprocess(scenes.picture(*photo)[0]) for photo in PHOTOS])
@@ -88,7 +87,7 @@ def test_embeddings_equal_open_clips(towers, name, resolution):
 
 
 def test_resnet_at_another_resolution(towers):
-    """Its positions are interpolated, so a column's mean stays; the first, of the mean over the grid, stays itself."""
+    """Its position embeddings are interpolated, so a column's mean stays; the first, the mean token's, is kept."""
     clips = [embed.load_clip("small-ResNet", towers["small-ResNet"], resolution=side) for side in (64, 128)]
     before, after = [clip.model.visual.attnpool.positional_embedding for clip in clips]
     assert len(after) == 1 + 4 * 4 and torch.equal(after[0], before[0])
@@ -98,7 +97,7 @@ def test_resnet_at_another_resolution(towers):
 
 
 def test_key_follows_what_is_computed(towers, monkeypatch, capsys):
-    """The same weights by a tag that implies QuickGELU and under the name that does: one key; with GELU another."""
+    """The same weights have one key by a tag and by a name that imply QuickGELU; with GELU they have another."""
     weights = load_file(towers["small-ViT"])
     tags = {"openai": {"quick_gelu": True}, "mean": {"quick_gelu": True, "mean": (0.5, 0.5, 0.5)},
             "squashed": {"quick_gelu": True, "resize_mode": "squash"}}
@@ -122,7 +121,7 @@ def test_key_follows_what_is_computed(towers, monkeypatch, capsys):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
 def test_state_dicts_as_people_have_them(towers, prefix):
-    """With OpenAI's three numbers, which are no parameters, and the mask that old files hold"""
+    """With OpenAI's three numbers, which are not parameters, and the mask that old files hold"""
     more = {"input_resolution": torch.tensor(64), "context_length": 40, "vocab_size": 9, "attn_mask": torch.zeros(2, 2)}
     state = {prefix + name: tensor for name, tensor in {**more, **load_file(towers["small-ViT"])}.items()}
     for stored in (state, {"epoch": 1, "model_state_dict": state}):
@@ -151,7 +150,7 @@ def test_local_dir_and_random_weights(towers, capsys):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_what_is_no_weights_file(towers):
-    """It is named as what it is; nothing in it is run."""
+    """The message says what the file is; nothing in it is run."""
     script = torch.jit.script(torch.nn.Linear(2, 2)).save_to_buffer()
     for content, what in ((b"", "empty"), (script[:500], "damaged"), (script, "TorchScript"), (b" <html>", "web page"),
                           (b"version https://git-lfs", "Git LFS pointer"), (b'{"error": "not found"}', "JSON"),
@@ -238,7 +237,7 @@ def test_a_strip_is_cut_to_its_middle():
 
 
 def test_large_jpegs_are_decoded_smaller():
-    """4000 x 3000 pixels, turned by EXIF, at a quarter: 3000 / 8 is less than 448."""
+    """4000 x 3000 pixels, turned by EXIF, are decoded at a quarter, since 3000 / 8 is less than 448."""
     exif = Image.Exif()
     exif[0x0112] = 6
     photo = scenes.picture("test", 0)[0].resize((4000, 3000), Image.BICUBIC)
@@ -249,7 +248,7 @@ def test_large_jpegs_are_decoded_smaller():
 
 
 def test_a_crop_by_hand():
-    """Of 512 x 384 pixels a quarter, 4/3 as wide as high, at the upper right: 256 x 192. As it is or mirrored."""
+    """A quarter of 512 x 384 pixels, 4/3 as wide as high, at the upper right: 256 x 192. Mirrored or not."""
     photo = scenes.picture("test", 0)[0].resize((512, 384))
     photo.save("photo.png")
     expected = CLIP.preprocess(photo.crop((256, 0, 512, 192)).resize((64, 64), Image.BICUBIC))
@@ -262,8 +261,8 @@ def test_a_crop_by_hand():
 
 @pytest.fixture
 def misfit(tmp_path, monkeypatch):
-    """A torchvision without its operators, which fits no torch, for every process but a fork, which has imported
-    another. -> a file that its import writes"""
+    """A torchvision without its operators, which fits no torch, for every process except forks, which have imported the
+    real one. -> a file that its import writes"""
     folder = tmp_path / "torchvision"
     folder.mkdir()
     real = importlib.util.find_spec("torchvision").submodule_search_locations
@@ -278,7 +277,7 @@ def misfit(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_random_crops_hang_on_seed_epoch_and_row_alone(misfit, capsys, method):
-    """Not on the number of workers, how they start, the batches, or torch's random state, which they leave alone."""
+    """Not on the number of workers, how they start, the batches, or torch's random state, which they do not change."""
     state = torch.get_rng_state()
     crops = [embed.load_photo(CLIP, PHOTOS[row], np.random.default_rng([1, 2, row]), 0.3) for row in (2, 0)]
     expected = torch.stack([*crops, torch.zeros(3, 64, 64)])
@@ -295,7 +294,7 @@ def test_random_crops_hang_on_seed_epoch_and_row_alone(misfit, capsys, method):
 
 
 def test_unreadable_photos_are_named_and_left_out(capsys):
-    """Those beside them keep their own features, with and without the cache. The first is broken."""
+    """The other photos keep their own features, with and without the cache. The first photo is broken."""
     Path("torn.png").touch()
     photos = ["torn.png", PHOTOS[0], "missing.png", PHOTOS[1], PHOTOS[0]]
     expected = torch.stack([embed.load_photo(CLIP, photos[row]) for row in (1, 3, 4)])
@@ -312,7 +311,7 @@ def test_unreadable_photos_are_named_and_left_out(capsys):
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 def test_one_new_photo_costs_one_encoding_and_a_moved_folder_none():
-    """Photos of one size and time, and two of each name"""
+    """Photos of the same size and time, two with each name"""
     photos = [Path(f"photos/{index % 2}/{index // 2}.bmp") for index in range(101)]
     for folder in "01":
         Path("photos", folder).mkdir(parents=True)
@@ -329,7 +328,7 @@ def test_one_new_photo_costs_one_encoding_and_a_moved_folder_none():
 
 
 def test_rows_are_stored_and_given_out_batch_by_batch(monkeypatch):
-    """A run that is killed after its first batch has lost nothing: the next one, here beside it, encodes the others."""
+    """A run killed after its first batch loses nothing of it: the next one, here beside it, encodes the others."""
     monkeypatch.setattr(embed, "BATCH", 2)
     colour = MeanColour()
     killed = embed.encode_photos(CLIP, PHOTOS, "mean colour", colour, ".", 0, True)
@@ -350,13 +349,13 @@ def test_a_run_waits_while_another_one_writes(capsys):
 
 
 def test_cache_follows_what_it_was_computed_from():
-    """The photo, the model with its resolution, the precision and the texts; nothing is computed twice."""
+    """The key has the photo, the model with its resolution, the precision and the texts; nothing is computed twice."""
     clips = [CLIP, embed.load_clip(resolution=128), embed.load_clip(precision="bf16")]
     photos = torch.cat([embed.embed_photos(clip, PHOTOS[:2], ".")[0] for clip in clips])
     texts = torch.cat([embed.embed_texts(clip, ["a", "b"], ".") for clip in clips])
     assert photos.dtype == texts.dtype == torch.float32
     assert len(photos.unique(dim=0)) == 6
-    assert len(texts.unique(dim=0)) == 4  # the resolution is nothing to texts
+    assert len(texts.unique(dim=0)) == 4  # the resolution does not change texts
     stored = CLIP._replace(model=None, name="stored")
     assert torch.equal(embed.embed_photos(stored, PHOTOS[1:2], ".")[0], photos[1:2])
     assert torch.equal(embed.embed_texts(stored, ["b", "a"], "."), texts[[1, 0]])
@@ -378,7 +377,7 @@ def test_a_damaged_cache_is_set_aside(capsys, damage):
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(capsys, monkeypatch):
-    """What is in it is used."""
+    """What it holds is used."""
     colour = MeanColour()
     colour.rows(PHOTOS[:4])
     connect = sqlite3.connect
@@ -390,7 +389,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(capsys, monkeypatch):
 
 
 def test_processes_of_torchrun_share_the_photos(monkeypatch):
-    """Process 1 of 2 has encoded every second photo when it waits, and then finds the others, those of process 0."""
+    """Process 1 of 2 has encoded every second photo when it waits, and then finds those of process 0 in the cache."""
     colour = MeanColour()
     other = MeanColour()
     come = Mock(side_effect=lambda: other.rows(PHOTOS[::2], share=False))
@@ -404,8 +403,8 @@ def test_processes_of_torchrun_share_the_photos(monkeypatch):
 
 
 def test_a_worker_ends_with_its_parent():
-    """The parent is killed while its worker waits to hand over a batch that no pipe holds; what both would write to is
-    closed when both have ended."""
+    """The parent is killed while its worker waits to hand over a batch too large for a pipe; the pipe that both write
+    to is closed once both have ended."""
     code = ("import embed, time\n"
             "for batch in embed.decoded(embed.load_clip(), [('test', 0)] * 32, [range(32)] * 9, 1):\n"
             "    print('at work', flush=True)\n"

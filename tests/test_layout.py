@@ -1,4 +1,4 @@
-"""The layout that design asks for: who may import whom, what an import leaves alone, choices that are written down."""
+"""The layout: which file may import which, what an import must not change, and that every choice is written down."""
 import re
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def test_no_line_is_wider_than_120_characters(pattern):
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
 def test_imports_go_one_way(module):
-    """data alone also imports what imports it, inside a function."""
+    """Only data also imports a file that imports it, inside a function."""
     names = re.findall(r"(?m)^(?:import|from) (\w+)", text_of(f"{module}.py"))
     if module != "data":
         names += re.findall(r"(?m)^ +(?:import|from) (\w+)", text_of(f"{module}.py"))
@@ -71,7 +71,7 @@ for script in sys.argv[1:]:
 
 
 def test_without_what_only_unix_has():
-    """Every script answers --help; walk.py, which has none, does its work."""
+    """Every script answers --help; walk.py, which has no options, runs."""
     scripts = [path.name for path in REPOSITORY.glob("*.py") if "__main__" in text_of(path.name)]
     command = [sys.executable, "-c", WITHOUT_UNIX, *scripts, "walk.py"]
     done = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)

@@ -24,7 +24,7 @@ import tables
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
 def test_boxes_in_the_square_that_clip_sees():
-    """A photo of 200 x 100: CLIP sees columns 50 to 150. Inside; cut in half; by more. Then 100 x 200."""
+    """A photo of 200 x 100: CLIP sees columns 50 to 150. Boxes inside, cut in half, cut by more. Then 100 x 200."""
     boxes = np.array([
         [3, 60, 10, 100, 50, 1],
         [4, 40, 0, 60, 100, 0],
@@ -137,7 +137,7 @@ def test_maps_are_the_models_own(trained):
 
 
 def test_the_command_line(trained, command, tmp_path):
-    """A folder of models: seeds averaged; photos of median score; what is missing is named."""
+    """A folder of models: seeds are averaged, photos of median score and missing files are named."""
     words = ["--test-count", "40", "--cpu", "--output", "maps", "--checkpoint"]
     stdout = command("experiments/localize.py", *words, trained[SSPA].folder / "checkpoints", cwd=tmp_path).stdout
     found = data.read_json(tmp_path / "maps/localize.json", "maps")["models"]

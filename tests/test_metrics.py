@@ -21,7 +21,7 @@ def table(text):
 
 def test_interpolated_average_precision():
     """Ranked labels 0 1 (0 1) 1, the third and fourth tied: precision at the positives 1/2, 2/4, 3/5; the best at that
-    recall or more 3/5. Turned around, 1 (1 0) 1 0: 1, 2/3, 3/4; the best 1, 3/4, 3/4."""
+    recall or more 3/5. In reverse, 1 (1 0) 1 0: 1, 2/3, 3/4; the best 1, 3/4, 3/4."""
     scores = table("5 4 3 3 1; 1 2 3 3 4").T
     labels = table("0 1 0 1 1; 0 1 0 1 1").T
     plain = [(1 / 2 + 2 / 4 + 3 / 5) / 3, (1 + 2 / 3 + 3 / 4) / 3]
@@ -41,9 +41,9 @@ def test_mean_leaves_out_classes_without_a_positive():
     (None, {"CP": 200 / 3, "CR": 50, "CF1": 400 / 7, "OP": 50, "OR": 200 / 3, "OF1": 400 / 7}),
     (1, {"CP": 100 / 3, "CR": 50 / 3, "CF1": 200 / 9, "OP": 100 / 3, "OR": 100 / 3, "OF1": 100 / 3})])
 def test_f1(top_k, expected):
-    """Above 0.5 stand {0}, {1, 2}, {1}; on top {0}, {1}, {1}, the first of equal scores. What is -1 counts nowhere: the
-    last class is left out. Class 1 is never present: precision 0, recall 0. CF1 is the harmonic mean of CP and CR.
-    CP (1 + 0 + 1) / 3, on top (1 + 0 + 0) / 3; CR (1/2 + 0 + 1) / 3, (1/2 + 0 + 0) / 3; OP 2/4, 1/3; OR 2/3, 1/3"""
+    """Above 0.5: {0}, {1, 2}, {1}; top 1: {0}, {1}, {1}, the first of equal scores. What is -1 counts nowhere: the last
+    class is left out. Class 1 is never present: precision 0, recall 0. CF1 is the harmonic mean of CP and CR.
+    CP (1 + 0 + 1) / 3, top 1 (1 + 0 + 0) / 3; CR (1/2 + 0 + 1) / 3, (1/2 + 0 + 0) / 3; OP 2/4, 1/3; OR 2/3, 1/3"""
     scores = table("0.9 0.8 0.5 0.9; 0.2 0.7 0.7 0.1; 0.1 0.6 0.1 0.1")
     labels = table("1 -1 0 -1; 0 0 1 -1; 1 0 0 -1")
     assert metrics.multilabel_f1(scores, labels, top_k=top_k) == pytest.approx(expected)
@@ -51,7 +51,7 @@ def test_f1(top_k, expected):
 
 def test_attribute_metrics():
     """Attributes: TPR 1/2, TNR 1; 0, 0; 1, 0; the last two lack positives or negatives.  mA = (3/4 + 0 + 1/2) / 3
-    Images: predicted {0, 1}, {2}, {}, {2, 4} of {0}, {1, 2}, {}, {0, 1, 4}; 0.5 is not above 0.5, and -1 is no claim.
+    Images: predicted {0, 1}, {2}, {}, {2, 4} of {0}, {1, 2}, {}, {0, 1, 4}; 0.5 is not above 0.5, and -1 is ignored.
     Accuracy (1/2 + 1/2 + 0 + 1/4) / 4, precision (1/2 + 1 + 0 + 1/2) / 4 = 1/2, recall (1 + 1/2 + 0 + 1/3) / 4 = 11/24,
     F1 = 2 * 1/2 * 11/24 / (1/2 + 11/24) = 11/23"""
     scores = table("0.9 0.9 0.9 0 0; 0.1 0.5 0.9 0 0; 0.1 0.1 0.1 0 0; 0.1 0.1 0.9 0 0.9")
@@ -65,8 +65,8 @@ def test_attribute_metrics():
 
 @pytest.mark.parametrize("block", [1, 4 * 211, metrics.BLOCK])
 def test_average_precision_equals_sklearn(block, monkeypatch):
-    """Tied scores, huge ones and constant ones; all, one and some positives; a class at a time, four, which does not
-    divide them, and all."""
+    """Tied, huge and constant scores; all, one and some positives; one class at a time, four, which does not divide
+    their number, and all."""
     monkeypatch.setattr(metrics, "BLOCK", block)
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(211, 6)).round(1)
@@ -102,7 +102,7 @@ def test_thresholds_want_probabilities(name, scores):
 @pytest.mark.parametrize("kind, least", [("uint8", 200), ("int64", 2 ** 60), ("uint64", 2 ** 60)])
 def test_takes_any_numbers(kind, least):
     """The minus of an unsigned number wraps around; 2^60 and the numbers above it are one float.
-    Ranked labels 1 (ignored) 0 1 0: AP (1 + 2/3) / 2; on top the 1 of two: F1 2 / 3"""
+    Ranked labels 1 (ignored) 0 1 0: AP (1 + 2/3) / 2; top 1 finds one of two: F1 2 / 3"""
     scores = np.arange(least, least + 5).astype(kind)[None]
     labels = table("0 1 0 -1 1")
     assert metrics.average_precision(scores.T, labels.T) == pytest.approx([5 / 6])
@@ -124,7 +124,7 @@ def test_ignored_labels_beside_absent_ones_are_not_doubted():
 
 
 def test_memory_is_bounded():
-    """Scores of 80 MB need less than half of that besides."""
+    """Scores of 80 MB need less than half of that in addition."""
     scores = np.random.default_rng(4).random((5000, 4000), dtype=np.float32)
     labels = (scores < 0.001).astype(np.int8)
     tracemalloc.start()
@@ -145,8 +145,8 @@ def test_zero_shot_plain_and_centred():
 
 @pytest.mark.parametrize("strength", [0.5, 100])
 def test_linear_probe_equals_sklearn(strength):
-    """Features in a narrow cone, as CLIP's are, of any length; ignored labels are left out of their own column; where
-    there is no positive, which scikit-learn refuses, the answer is no."""
+    """Features in a narrow cone, as CLIP's are, of any length; ignored labels are left out of their own column; a label
+    without a positive, which scikit-learn refuses, is predicted absent."""
     drawn = 4 + torch.randn(450, 15, generator=torch.Generator().manual_seed(5))
     features = drawn[:400, :12]
     images = drawn[400:, :12]

@@ -17,7 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def test_heat_is_where_the_map_is_high():
-    """Of 7 x 7 regions, of 32 pixels each, the one in row 1, column 5; from the map's own lowest to its highest."""
+    """Of 7 x 7 regions of 32 pixels each, the one in row 1, column 5 is bright; colours span the map's own range."""
     values = np.full(49, -5.0)
     values[7 + 5] += 0.001
     red = np.asarray(pictures.heat(BLACK, values))[..., 0]
@@ -84,7 +84,7 @@ def test_page_holds_names_that_cannot_be_markup(page):
 
 
 def test_a_page_holds_the_likeliest_photos_of_each_label(monkeypatch):
-    """Of many: of two labels the likeliest, 4 and 2, and of no label 0; then, of equal rank, the likelier 3."""
+    """Of many photos: the likeliest of each label, 4 and 2, and of no label, 0; then, of equal rank, the likelier 3."""
     probabilities = np.array([[0.1, 0.1], [0.5, 0.3], [0.4, 0.9], [0.8, 0.4], [0.9, 0.2]])
     assert pictures.for_page(probabilities).tolist() == [0, 1, 2, 3, 4]
     monkeypatch.setattr(pictures, "PAGE", 4)

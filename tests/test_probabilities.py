@@ -1,4 +1,4 @@
-"""What a score states as a chance, and thresholds without labels: docs/probabilities.md, checked by other means."""
+"""Probabilities that scores imply, and thresholds without labels: docs/probabilities.md, checked by other means."""
 import numpy as np
 import pytest
 import torch
@@ -19,7 +19,7 @@ SETTINGS = [(gamma_neg, gamma_pos, clip, focal) for gamma_neg in (1.0, 2.0, 4.0)
 @pytest.mark.parametrize("chance", [0.01, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_logit_of_smallest_expected_loss_states_the_chance(method, settings, chance):
-    """pi l1(z) + (1 - pi) l0(z): where its gradient, as training sees it, is 0; unstopped, there it is least."""
+    """pi l1(z) + (1 - pi) l0(z): its gradient, as training has it, is 0 at z; if not stopped, its minimum is there."""
     def expected(z):
         z = torch.full((1, 2), z).double().requires_grad_()
         absent, present = (method.asymmetric_loss_reference(z[:, :1], torch.tensor([[label]]), *settings)
@@ -53,7 +53,7 @@ def test_chances_of_plain_cross_entropy_are_the_sigmoid(method):
 
 
 def test_learned_logits_give_the_chances_back():
-    """Six kinds of rows; each label is present by its kind's own chance, and the classifier learns a logit a kind."""
+    """Six kinds of rows; a label is present with its kind's own probability; the classifier learns a logit a kind."""
     chances = torch.tensor([[0.02, 0.1, 0.3, 0.5, 0.7, 0.95]]).T
     draw = torch.Generator().manual_seed(0)
     targets = (torch.rand(6, 2000, generator=draw) < chances).to(torch.int8)
@@ -82,7 +82,7 @@ def test_a_method_states_chances_by_its_own_loss(words, chance):
 
 @pytest.fixture
 def drawn():
-    """Chances of 3 classes on 400 images, and labels that follow them, some ignored"""
+    """Probabilities of 3 classes on 400 images, and labels drawn by them, some ignored"""
     draw = np.random.default_rng(0)
     chances = draw.beta(0.5, 1.5, (400, 3))
     labels = (draw.random(chances.shape) < chances).astype(int)
@@ -104,7 +104,7 @@ def test_calibration_error_and_brier_score(drawn):
 
 
 def test_calibration_error_by_hand():
-    """Two bins: 0.1, 0.3 of which one is present; 0.5, one and exactly 1, present and absent.
+    """Bins: 0.1 and 0.3, of which one is present; 0.5, present; exactly 1, absent.
     (2 |0.2 - 1/2| + 1 |0.5 - 1| + 1 |1 - 0|) / 4; what is ignored counts nowhere"""
     chances = np.array([[0.1, 0.3, 0.5, 1.0, 0.4]])
     labels = np.array([[0, 1, 1, 0, -1]])
@@ -142,7 +142,7 @@ def test_thresholds_without_labels_have_the_highest_expected_f1(count, decimals)
 
 
 def test_thresholds_without_labels_find_what_labels_would(drawn):
-    """Of many images with honest chances the F1 is the expected one, and no single threshold is better."""
+    """On many images with calibrated probabilities F1 is the expected one, and no single threshold is better."""
     draw = np.random.default_rng(1)
     chances = draw.beta(0.3, [[1, 2, 6]], (20_000, 3))
     labels = (draw.random(chances.shape) < chances).astype(int)

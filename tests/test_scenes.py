@@ -1,4 +1,4 @@
-"""The built-in world: frozen, and a tiny CLIP that is honest (neither hopeless nor perfect, with a modality gap)."""
+"""The built-in world: frozen, with a toy CLIP that is neither hopeless nor perfect, and has a modality gap."""
 import hashlib
 
 import pytest
@@ -23,7 +23,7 @@ def written(seed):
     (drawn, "clip", "06550f9f092ae535"), (drawn, "train", "cc78861c163b09e5"), (drawn, "test", "fb37ef8cc7e93434"),
     (written, 0, "ad2e7783477df9a9")])
 def test_frozen(make, what, expected):
-    """Pixels, labels and sentences, as the first version drew and wrote them: every published number hangs on them."""
+    """Pixels, labels and sentences, as the first version drew and wrote them: every reported number depends on them."""
     assert hashlib.blake2b(make(what), digest_size=8).hexdigest() == expected
 
 
@@ -43,7 +43,7 @@ def test_the_tiny_clip_is_neither_hopeless_nor_perfect(cache):
 
 
 def test_checkpoint_knows_its_words(capsys):
-    """Nothing that the project itself says to the tiny CLIP has a word in it that it was not trained on."""
+    """No text of the project for the toy CLIP has a word that it was not trained on."""
     descriptions = data.descriptions_of("scenes", scenes.NAMES)
     texts, _ = scenes.sentences(500, 9)
     embed.embed_texts(embed.load_clip(), texts + list(descriptions.values()))

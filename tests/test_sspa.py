@@ -1,4 +1,4 @@
-"""sspa.py: fast paths against the formulas (those are in test_formulas.py), the figure's arrows, training, learning.
+"""sspa.py: fast paths against the formulas (which test_formulas.py checks), the figure's arrows, training, learning.
 For both methods: which label belongs to which photo; every option and every marked constant changes something."""
 import inspect
 import json
@@ -36,8 +36,9 @@ def config_of(words=""):
 
 @pytest.fixture(scope="module", autouse=True)
 def files(place):
-    """What options point at; and open_clip learns a tiny ResNet with random weights. Folders of drawn pictures: a; b;
-    broken, which is a with two more that are no pictures. Every second one is for training (in b: by its seed)."""
+    """Files that options point to, and a tiny ResNet with random weights for open_clip. Folders of drawn pictures: a;
+    b; broken, which is a with two more files that are no pictures. Every second one is for training (in b: by its
+    seed)."""
     for name, photos, last in (("a", range(20), "split"), ("b", range(30, 50), ""), ("broken", range(-2, 20), "split")):
         (place / name).mkdir()
         lines = [f"file,sun,boat,{last}"]
@@ -61,7 +62,7 @@ def files(place):
 
 @pytest.mark.parametrize("backbone, resolution, side", [("scenes", 96, 12), ("tiny", 224, 7), ("tiny", 448, 14)])
 def test_x0_is_encode_image_and_a_patch_is_seen_where_it_is(backbone, resolution, side):
-    """A dark patch high up at the right: mirrored, flipped or transposed it is elsewhere. Its region changes most."""
+    """A dark patch at the upper right; mirrored, flipped or transposed it is elsewhere. Its region changes most."""
     clip = embed.load_clip(backbone, "none", resolution=resolution)
     if backbone == "tiny":  # random weights look everywhere alike: at their like now
         pool = clip.model.visual.attnpool
@@ -112,7 +113,7 @@ def test_quaternion_fused_equals_reference(B, C, n):
 
 @pytest.mark.parametrize("B, n, m, d", [(2, 3, 7, 5), (1, 1, 1, 4), (2, 9, 4, 3), (3, 6, 1, 3)])
 def test_gated_attention_fused_equals_reference(B, n, m, d):
-    """Fewer that ask than are asked and more, so that every order of products is met. (Ungated: the whole model.)"""
+    """Fewer and more queries than keys, so that both orders of products occur. (Ungated: tested in the whole model.)"""
     gdma = moved(sspa.GatedAttention(d, 2.0, True, "fused", torch.Generator()))
     inputs = [leaf(B, n, d), leaf(B, m, d, seed=1), *gdma.parameters()]
     same(sspa, "gated_attention", lambda attend, x, context, *_: torch.cat(attend(x, context, gdma)), inputs)
@@ -149,9 +150,9 @@ def test_loss_refuses_odd_targets_and_sums_half_precision(loss):
 @pytest.mark.parametrize("temperature, scale, long", [(0.3, 4, 1), (0.07, 1e4, 1e6), (1e-3, 1e4, 1e-6),
                                                       (1e3, 1e-3, 1e6)])
 def test_soft_aggregate_fused_equals_reference(monkeypatch, alive, B, C, M, d, temperature, scale, long):
-    """In blocks of labels, of samples, that do not divide them, and at once. Extremes: logits of +-1e4, a label of
-    length 1e6 or 1e-6, a zero region, a softmax that is a maximum or a mean. Label features of each image, or the same
-    for all; a bias for all, or each."""
+    """In blocks of labels or of samples that do not divide their number, and all at once. Extremes: logits of +-1e4, a
+    label feature of length 1e6 or 1e-6, a zero region, a softmax that is a maximum or a mean. Label features of each
+    image, or the same for all; one bias for all labels, or one each."""
     monkeypatch.setattr(sspa, "cosines_alive", lambda features: alive)
 
     def aggregated(function, T, X, *more):
@@ -187,7 +188,7 @@ def clip64(monkeypatch):
 
 
 def moved(module):
-    """In float64, every learned tensor away from its start"""
+    """A model in float64, with every learned tensor away from its initial value"""
     for place, parameter in enumerate(module.double().parameters()):
         if parameter.requires_grad:
             parameter.data += 0.05 * leaf(*parameter.shape, seed=place).detach()
@@ -204,7 +205,7 @@ def unit(features):
 
 
 def test_forward_is_the_figure(clip64):
-    """What enters a box has unit length; both directions of GDMA start from what was before them."""
+    """The inputs of a box have unit length; both directions of GDMA start from the features before either."""
     model = model_of(clip64)
     x0 = unit(X0)
     X = unit(REGIONS)
@@ -246,8 +247,8 @@ def test_whole_model_fused_equals_reference(clip64, words):
 # --- training ---------------------------------------------------------------------------------------------------------
 
 def test_what_learns_and_how_fast():
-    """The text tower never; the image tower when it is tuned, at a tenth; context vectors at their own rate. All that
-    learns decays."""
+    """The text tower never learns; the image tower if it is tuned, at a tenth; context vectors at their own rate. All
+    that learns has weight decay."""
     clip = embed.load_clip()
     config = config_of("--tune-image full --prompt-lr 0.003")
     model = sspa.SSPA(config, clip.model, sspa.labels_of(config, clip, ["sun"]), 0)
@@ -382,7 +383,7 @@ def call(monkeypatch, cache, tmp_path):
 
 @contextmanager
 def interrupted(epoch):
-    """Training stops like that after so many epochs."""
+    """Training is interrupted after so many epochs."""
     ends = [None] * epoch + [KeyboardInterrupt]
     with mock.patch("run.Progress.end_epoch", side_effect=ends), pytest.raises(KeyboardInterrupt):
         yield
@@ -390,8 +391,8 @@ def interrupted(epoch):
 
 @pytest.mark.parametrize("script", USUAL)
 def test_scores_are_kept(call, tmp_path, script):
-    """Interrupted in the second seed: afterwards every mAP of metrics.json can be had from the file, the first one's,
-    too. A damaged file is refused before training; --overwrite leaves none."""
+    """Interrupted in the second seed: afterwards every mAP in metrics.json, the first seed's included, can be computed
+    from the file. A damaged file is refused before training; --overwrite deletes it."""
     words = f"{USUAL[script]} --seed 0 1"
     with interrupted(2):
         call(script, words)
@@ -423,7 +424,7 @@ def test_few_photos_get_more_epochs(count, epochs):
 
 
 def test_default_epochs_are_recorded_and_gone_on_with(call, tmp_path):
-    """A run of as many is the same run, one of any others is another."""
+    """A run with as many epochs is the same run, one with another number is not."""
     few = "--tune-image none --train-count 4 --test-count 8"
     with interrupted(0):
         call(sspa, few)
@@ -520,7 +521,7 @@ def test_every_option_changes_something(files, cache, script, name):
 
 @pytest.mark.parametrize("script, name", CONSTANTS)
 def test_every_marked_constant_changes_something(files, cache, script, name):
-    """Edited in its line, as a person does it."""
+    """The constant is edited in its line, as a person would do it."""
     value, words = other_value_and_words(script, name, files, cache)
     edited = types.ModuleType("edited")
     edited.__file__ = script.__file__

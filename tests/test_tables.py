@@ -1,4 +1,4 @@
-"""run_all.sh and experiments/tables.py: the list of runs, what tables say of what runs left, README.md and docs."""
+"""run_all.sh and experiments/tables.py: the list of runs, the tables of their results, README.md and docs."""
 import functools
 import json
 import os
@@ -81,7 +81,7 @@ def test_other_records():
 
 
 def test_weighted_photos_are_repeated_photos():
-    """The metrics of photos that count so often are those of rows repeated so often, with ties and ignored labels."""
+    """The metrics of weighted photos are those of repeated rows, with ties and ignored labels."""
     draw = np.random.default_rng(0)
     truth = draw.integers(-1, 2, (60, 4))
     truth[:, 3] = np.arange(60) == 0  # in some draws without a positive
@@ -103,7 +103,7 @@ def test_noise_chosen_on_a_third():
 
 
 def test_intervals_and_claims(write_run, tmp_path):
-    """One label; some runs rank well, others the other way round, in every draw. What is the same is not resolved."""
+    """One label; some runs rank well, others in reverse, in every draw. Equal runs are not resolved."""
     truth = (np.arange(40) % 2)[:, None].astype(np.int8)
     good = (truth + np.linspace(-0.6, 0.6, 40)[:, None]).astype(np.float32)
     for name, scores in (("rp-scenes", good), ("rp-scenes--noise-std-0", -good)):
@@ -126,7 +126,7 @@ def test_resolved(error, low, verdict):
 
 
 def test_baselines(place, tmp_path):
-    """No C is better on the test photos than the one chosen there; the scores that are kept give an interval."""
+    """No C is better on the test photos than the one chosen there; the saved scores give an interval."""
     main = runpy.run_path(REPOSITORY / "experiments/baselines.py")["main"]
     main(f"--cpu --quiet --features {place}/features.npz --seed 0 --output {tmp_path}/baselines-ucm".split())
     runs = tables.look(tmp_path)
@@ -182,7 +182,7 @@ def test_the_record_is_of_one_commit_and_the_pages_say_what_it_says(run_all):
 
 
 def options_of(script):
-    """What --help tells, of the scripts whose options it takes, too"""
+    """What --help prints, with that of the scripts whose options it takes"""
     words = [sys.executable, REPOSITORY / script, "--help"]
     text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     others = [options_of(other) for other in re.findall(r"options of (\w+\.py)", text)]
@@ -217,7 +217,7 @@ def test_docs_and_check(write_run, tmp_path, monkeypatch):
 
 
 def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
-    """Two at a time, each with a line of its own"""
+    """Two run at a time, each with a line of its own"""
     runs = tmp_path / "runs"
     *lines, last = run_all(ONLY="rp-scenes-uniform rp-features-linear$ sspa-ucm-tuned$").stdout.splitlines()
     said = (f"{runs}/rp-features-linear: adapter_rp.py: features file .*\n{runs}/rp-scenes-uniform: done\n"
@@ -240,7 +240,7 @@ def test_ctrl_c_ends_the_list(run_all, tmp_path):
 
 
 def test_tag(run_all, tmp_path):
-    """Words and photos to tags, from another folder. A model is not asked before all else is found to be there."""
+    """From words and photos to tags, from another folder. The model is not asked before all else is known to exist."""
     (tmp_path / "words.txt").write_text("ball\nboat\nchess board\n")
     (tmp_path / "empty").mkdir()
     for words, wrong in (("tag words.txt empty --llm=http://127.0.0.1:9/v1", "no photo in this folder"),

@@ -49,8 +49,8 @@ def check(lines, probabilities):
 
 @BOTH
 def test_lines(start, trained, place, tmp_path, script):
-    """A JSON line a photo, whatever bytes its name has; what cannot be read is named. The tags are the labels above the
-    threshold, or the K strongest. Files hold what --stdout streams, and two processes write what one writes."""
+    """A JSON line per photo, whatever bytes its name has; what cannot be read is named. The tags are the labels above
+    the threshold, or the K likeliest. Files hold what --stdout streams, and two processes write what one writes."""
     words = ("tag.py", trained[script].checkpoint, place / "photos")
     stdout, stderr = start(*words, "--stdout --threshold 0.4").end()
     assert stderr.count("torn.jpg: cannot be read (") == 1 and "the scenes toy here" in stderr
@@ -79,7 +79,8 @@ def test_a_line_is_there_before_the_next_photo(trained, place, monkeypatch):
 
 @BOTH
 def test_only_what_is_new_is_encoded(trained, monkeypatch, script):
-    """Again, with another threshold or the folder moved: nothing. A photo more: one. Another model: own scores."""
+    """Run again, with another threshold or the folder moved, it encodes nothing; with one more photo, one; another
+    model has its own scores."""
     monkeypatch.setattr(embed, "_decode", mock.Mock(wraps=embed._decode))
     drawn(range(3))
     tagged(trained[script].checkpoint, "photos")
@@ -138,7 +139,7 @@ def test_table_and_sidecars(trained, place, capsys):
 
 @BOTH
 def test_thumbnails_are_of_the_decoding_done(trained, place, monkeypatch, script):
-    """No photo is decoded twice, and none a second time; scored without a page before, it is decoded for that."""
+    """No photo is decoded twice, also not in a second run; photos scored without a page are decoded for the page."""
     monkeypatch.setattr(embed, "_decode", mock.Mock(wraps=embed._decode))
     for photo, words, decoded in (("a.png", ["--html"], 1), ("a.png", ["--html", "--threshold", 0.1], 1),
                                   ("ü, 1.jpg", [], 2), ("ü, 1.jpg", ["--html"], 3)):
@@ -162,7 +163,8 @@ def test_load(trained, place, tmp_path, script):
 
 
 def test_thresholds(trained, monkeypatch, capsys):
-    """One a label from 100 photos on, here 20, written beside tags; the file, edited, is taken; below, one for all."""
+    """From 100 photos on, here 20, a threshold per label is written beside the tags; the edited file is accepted; with
+    fewer photos one serves all labels."""
     monkeypatch.setattr(tag, "ENOUGH", 20)
     drawn(range(20))
     checkpoint = trained[RP].checkpoint
@@ -184,7 +186,7 @@ def test_thresholds(trained, monkeypatch, capsys):
 
 
 def test_summary(capsys):
-    """Two photos, a tag on the first: likely right in 0.8; F1 2 * 0.8 / (1 + 0.8 + 0.2). The second has no tag."""
+    """Two photos, a tag on the first: expected precision 0.8, F1 2 * 0.8 / (1 + 0.8 + 0.2). The second has no tag."""
     tag.report(["dog", "cat"], np.array([[0.8, 0.1], [0.2, 0]]), [[0], []], [0.4, 0.05])
     told = capsys.readouterr().out
     assert told.startswith("2 photos tagged; 1 carry none of these labels\n")
@@ -202,8 +204,8 @@ def test_explain(start, trained, place, tmp_path):
 
 
 def test_ucm_whole(start, shared, tmp_path):
-    """The one published set that is here whole: both methods learn on it and score it, by the toy CLIP, which knows
-    nothing of the ground from above."""
+    """The one published set that is here in full: both methods are trained and scored on it, with the toy CLIP, which
+    knows nothing about aerial photos."""
     words = f"--train-count 64 --epochs 1 --no-probe --dataset ucm --data-root '{shared}' --backbone scenes --output"
     for script, more in ((RP, ""), (SSPA, "--tune-image none")):
         start(script, more, words, tmp_path / script).end()
