@@ -5,7 +5,7 @@
     python experiments/localize.py --checkpoint FILE --dataset coco2014 --data-root D --gpu 0 --output runs/maps
 
 Half a minute for 2,000 scenes on two cores. A folder of checkpoints (sspa.py --save-all) is averaged over seeds.
-Other options are those of sspa.py. The --output folder gets localize.json, which also names photos of median score.
+All others are options of sspa.py. The --output folder gets localize.json, which also names photos of median score.
 
 Scored are the present labels with a clear box (VOC's difficult things and COCO's crowds are not clear) of which at
 least half is in the square that CLIP sees. Maps are compared at 64 x 64 points, upsampled bilinearly.

@@ -37,8 +37,7 @@ def config_of(words=""):
 @pytest.fixture(scope="module", autouse=True)
 def files(place):
     """Files that options point to, and a tiny ResNet with random weights for open_clip. Folders of drawn pictures: a;
-    b; broken, which is a with two more files that are no pictures. Every second one is for training (in b: by its
-    seed)."""
+    b; broken, which is a with two more files, no pictures. Every second one is for training (in b: by its seed)."""
     for name, photos, last in (("a", range(20), "split"), ("b", range(30, 50), ""), ("broken", range(-2, 20), "split")):
         (place / name).mkdir()
         lines = [f"file,sun,boat,{last}"]
