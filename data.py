@@ -236,12 +236,13 @@ def read_labels(path):
     return names
 
 
-def label_names(dataset, root=None):
-    """Readable label names of a dataset, in the order of its labels' columns; those of "folder" are in its own file."""
+def label_names(dataset, root=None, known=()):
+    """Readable label names of a dataset, in the order of its labels' columns; those of "folder" are in its own file.
+    known: as load_photos takes them."""
     if dataset == "scenes":
         return scenes.NAMES
     if dataset == "folder":
-        return load_photos("folder", root, "train").names
+        return load_photos("folder", root, "train", known=known).names
     return list(LABEL_WORDS[dataset].values())
 
 
@@ -507,12 +508,13 @@ class LabelledPhotos:
         return replace(self, photos=[self.photos[row] for row in rows], labels=self.labels[rows])
 
 
-def load_photos(dataset, root, split, count=None, policy=()):
+def load_photos(dataset, root, split, count=None, policy=(), known=()):
     """Labelled photos of a dataset -> LabelledPhotos. split: "train" or "test"; count: so many of them, by `drawn`;
-    policy: words "NAME=VALUE". Photos that do not exist are counted and left out before that. Raises UsageError: what
-    is missing, and where to get it."""
+    policy: words "NAME=VALUE"; known: labels of several words, where your own file puts nothing but spaces between
+    labels. Photos that do not exist are counted and left out before that. Raises UsageError: what is missing, and where
+    to get it."""
     import datasets  # here and not above, because datasets.py imports this file
-    return datasets.load_photos(dataset, root, split, count, policy)
+    return datasets.load_photos(dataset, root, split, count, policy, known)
 
 
 def identity(dataset, root):
@@ -579,23 +581,25 @@ def mark_of(cell):
     return {1: 1, 0: 0, -1: -1}[float(words.get(cell.lower(), cell))]
 
 
-def labels_in(cells, source):
+def labels_in(cells, source, known):
     """Cells of labels, cut at ; | , and line breaks, or at spaces where no cell has one of these -> list of
-    {label: 1}"""
+    {label: 1}. known: labels that are not cut at spaces"""
     text = "".join(cells)
-    cut = "[;|,\n]"
-    if not re.search(cut, text):
-        cut = " "
-        if cut in text:
-            say_once(f"{source}: labels are cut at spaces; write a ';' after each if a name has several words")
-    lists = [[word.strip("[]'\" \r") for word in re.split(cut, cell)] for cell in cells]  # perhaps Python's lists
+    label = "[^;|,\n]+"
+    if not re.search("[;|,\n]", text):
+        longest_first = sorted(known, key=len, reverse=True)
+        label = "|".join([re.escape(name) + r"(?!\S)" for name in longest_first] + [r"\S+"])
+        if " " in text and not known:
+            say_once(f"{source}: labels are cut at spaces; if a name has several words, write ';' between labels, or "
+                     "name them all by --labels")
+    lists = [[word.strip("[]'\" \r") for word in re.findall(label, cell)] for cell in cells]  # perhaps Python's lists
     return [{clean_name(word, source): 1 for word in words if word} for words in lists]
 
 
-def read_table(path, dataset=None, spelt=list):
+def read_table(path, dataset=None, spelt=list, known=()):
     """A table with a header: file names, then a column a label of 1, 0 and -1, or one column of labels, perhaps a
     column "split" -> Table. dataset: its labels are wanted, in its own order, and no others; spelt: headings -> the
-    same, spelt as its labels. Raises UsageError."""
+    same, spelt as its labels; known: as load_photos takes them. Raises UsageError."""
     remedy = "cells are a file, then each label's 1, 0 or -1, or one cell of labels"
     with reading(path, "labels", remedy) as path:
         table = read_rows(path)
@@ -617,7 +621,7 @@ def read_table(path, dataset=None, spelt=list):
         marked = []
         if len(titles) == 1 and any(cells) and not any(map(MARK.fullmatch, cells)):
             names = []  # they are in the cells
-            marked = labels_in(cells, path)
+            marked = labels_in(cells, path, known)
         else:
             for file, row in zip(files, rows, strict=True):
                 with reading(f"{path}, row of {file}", "labels", remedy):

@@ -455,13 +455,13 @@ def label_files(base):
     return folder_rows, photos
 
 
-def own_table(base):
-    """Your own labels, of all parts -> data.Table. Raises UsageError."""
+def own_table(base, known):
+    """Your own labels, of all parts -> data.Table. known: as data.load_photos takes them. Raises UsageError."""
     rows_of, files = label_files(base)
     if not files:
         find_files(base, (), "labels.csv", "labels.json")  # raises MissingFile
     if rows_of is read_table:
-        return read_table(files[0])
+        return read_table(files[0], known=known)
     rows = []
     lists = {}
     for path in files:
@@ -504,11 +504,12 @@ def find_photos(base, files):
     return photos
 
 
-def folder(root, split, split_seed=0):
+def folder(root, split, split_seed=0, known=()):
     """Your own photos and labels. The split is that of the table or lists, or of folders train and test; validation
-    photos are trained on, or tested on where there is no test. split_seed: draws 80 / 20 % where there is no split."""
+    photos are trained on, or tested on where there is no test. split_seed: draws 80 / 20 % where there is no split;
+    known: as data.load_photos takes them."""
     base = Path(root)
-    table = own_table(base)
+    table = own_table(base, known)
     files = [normpath(file.replace("\\", "/")) for file in table.files]
     photos = find_photos(base, files)
     folders = [key_of(file).split("/")[0] for file in files]
@@ -639,9 +640,11 @@ def parse_policy(dataset, words):
     return policies
 
 
-def load_photos(dataset, root, split, count, policy):
+def load_photos(dataset, root, split, count, policy, known=()):
     """data.load_photos"""
     policies = parse_policy(dataset, policy)
+    if dataset == "folder":
+        policies["known"] = known
     if dataset == "scenes":
         total = {"train": 20000, "test": 2000}[split]
         photos = [(split, index) for index in drawn(total, count).tolist()]
