@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from os.path import isdir, isfile
 from pathlib import Path
 from textwrap import shorten
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -452,6 +453,13 @@ def list_photos(path):
     return photos
 
 
+@contextmanager
+def without_warnings():
+    with catch_warnings():
+        simplefilter("ignore")
+        yield
+
+
 def open_photo(photo, side=1 << 30):
     """Path or scenes' (split, index) -> PIL RGB, turned upright by its EXIF mark if that can be read. side: a large
     JPEG is decoded at a half, a quarter or an eighth where both sides still have as many pixels, which takes a fifth of
@@ -461,7 +469,7 @@ def open_photo(photo, side=1 << 30):
     if Path(photo).suffix.lower() in HEIC and find_spec("pillow_heif"):
         from pillow_heif import register_heif_opener
         register_heif_opener()
-    with Image.open(photo) as image:
+    with without_warnings(), Image.open(photo) as image:  # Pillow's, of odd EXIF, palettes and sizes
         image.draft("RGB", (side, side))
         image.load()  # raises if the file is torn
         with suppress(Exception):  # EXIF may hold anything
