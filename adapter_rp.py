@@ -264,11 +264,11 @@ def names_of(config):
 
 def find_photos(config, names):
     """Test photos of the dataset, if it has all these labels -> data.LabelledPhotos or None. Nothing is decoded yet."""
-    own = data.label_names(config.dataset, config.data_root)
+    own = data.label_names(config.dataset, config.data_root, names)
     asked_for = "dataset" in config.given or not config.labels  # --labels alone is for the user's own photos
     if not asked_for or not set(names) <= set(own):
         return None
-    found = data.load_photos(config.dataset, config.data_root, "test", config.test_count, config.policy)
+    found = data.load_photos(config.dataset, config.data_root, "test", config.test_count, config.policy, names)
     found.labels = found.labels[:, [own.index(name) for name in names]]
     return found
 

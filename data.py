@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from os.path import isdir, isfile
 from pathlib import Path
 from textwrap import shorten
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -236,12 +237,13 @@ def read_labels(path):
     return names
 
 
-def label_names(dataset, root=None):
-    """Readable names of a dataset's labels, in the order of their columns -> list of str. root: needed for "folder"."""
+def label_names(dataset, root=None, known=()):
+    """Readable names of a dataset's labels, in the order of their columns -> list of str. root: needed for "folder";
+    known: see load_photos."""
     if dataset == "scenes":
         return scenes.NAMES
     if dataset == "folder":
-        return load_photos("folder", root, "train").names
+        return load_photos("folder", root, "train", known=known).names
     return list(LABEL_WORDS[dataset].values())
 
 
@@ -453,6 +455,13 @@ def list_photos(path):
     return photos
 
 
+@contextmanager
+def without_warnings():
+    with catch_warnings():
+        simplefilter("ignore")
+        yield
+
+
 def open_photo(photo, side=1 << 30):
     """Path or scenes' (split, index) -> PIL RGB, turned upright by its EXIF mark if that can be read. side: a large
     JPEG is decoded at a half, a quarter or an eighth of its size if both sides keep at least that many pixels, which
@@ -462,7 +471,7 @@ def open_photo(photo, side=1 << 30):
     if Path(photo).suffix.lower() in HEIC and find_spec("pillow_heif"):
         from pillow_heif import register_heif_opener
         register_heif_opener()
-    with Image.open(photo) as image:
+    with without_warnings(), Image.open(photo) as image:  # Pillow warns of odd EXIF, palettes, sizes
         image.draft("RGB", (side, side))
         image.load()  # raises if the file is torn
         with suppress(Exception):  # EXIF may hold anything
@@ -510,12 +519,13 @@ class LabelledPhotos:
         return replace(self, photos=[self.photos[row] for row in rows], labels=self.labels[rows])
 
 
-def load_photos(dataset, root, split, count=None, policy=()):
-    """Labelled photos of a dataset -> LabelledPhotos. split: "train" or "test"; policy: words "NAME=VALUE". Photos that
-    do not exist are counted and left out; `count` of the rest are taken, by `drawn`. Raises UsageError, with what is
-    missing and where to get it."""
+def load_photos(dataset, root, split, count=None, policy=(), known=()):
+    """Labelled photos of a dataset -> LabelledPhotos. split: "train" or "test"; policy: words "NAME=VALUE"; known:
+    labels of several words, for a file of the user's that puts only spaces between labels. Photos that do not exist are
+    counted and left out; `count` of the rest are taken, by `drawn`. Raises UsageError, with what is missing and where
+    to get it."""
     import datasets  # here and not above, because datasets.py imports this file
-    return datasets.load_photos(dataset, root, split, count, policy)
+    return datasets.load_photos(dataset, root, split, count, policy, known)
 
 
 def identity(dataset, root):
@@ -583,22 +593,25 @@ def mark_of(cell):
     return {1: 1, 0: 0, -1: -1}[float(words.get(cell.lower(), cell))]
 
 
-def labels_in(cells, source):
-    """Cells of labels, cut at ; | , and line breaks, or at spaces if no cell has one of these -> list of {label: 1}"""
+def labels_in(cells, source, known):
+    """Cells of labels, cut at ; | , and line breaks, or at spaces if no cell has one of these -> list of {label: 1}.
+    known: labels that are not cut at spaces"""
     text = "".join(cells)
-    cut = "[;|,\n]"
-    if not re.search(cut, text):
-        cut = " "
-        if cut in text:
-            say_once(f"{source}: labels are cut at spaces; write a ';' after each if a name has several words")
-    lists = [[word.strip("[]'\" \r") for word in re.split(cut, cell)] for cell in cells]  # perhaps Python's lists
+    label = "[^;|,\n]+"
+    if not re.search("[;|,\n]", text):
+        longest_first = sorted(known, key=len, reverse=True)
+        label = "|".join([re.escape(name) + r"(?!\S)" for name in longest_first] + [r"\S+"])
+        if " " in text and not known:
+            say_once(f"{source}: labels are cut at spaces; if a name has several words, write ';' between labels, or "
+                     "name them all by --labels")
+    lists = [[word.strip("[]'\" \r") for word in re.findall(label, cell)] for cell in cells]  # perhaps Python's lists
     return [{clean_name(word, source): 1 for word in words if word} for words in lists]
 
 
-def read_table(path, dataset=None, spelt=list):
+def read_table(path, dataset=None, spelt=list, known=()):
     """A table with a header: file names, then a column of 1, 0 and -1 for each label, or one column of labels, perhaps
     a column "split" -> Table. dataset: the table must have exactly its labels, which are put into its order; spelt:
-    function of the headings that spells them as the dataset does. Raises UsageError."""
+    function of the headings that spells them as the dataset does; known: see load_photos. Raises UsageError."""
     remedy = "cells are a file, then each label's 1, 0 or -1, or one cell of labels"
     with reading(path, "labels", remedy) as path:
         table = read_rows(path)
@@ -620,7 +633,7 @@ def read_table(path, dataset=None, spelt=list):
         marked = []
         if len(titles) == 1 and any(cells) and not any(map(MARK.fullmatch, cells)):
             names = []  # they are in the cells
-            marked = labels_in(cells, path)
+            marked = labels_in(cells, path, known)
         else:
             for file, row in zip(files, rows, strict=True):
                 with reading(f"{path}, row of {file}", "labels", remedy):

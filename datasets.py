@@ -457,13 +457,13 @@ def label_files(base):
     return folder_rows, photos
 
 
-def own_table(base):
-    """The user's own labels, of all splits -> data.Table. Raises UsageError."""
+def own_table(base, known):
+    """The user's own labels, of all splits -> data.Table. known: see data.load_photos. Raises UsageError."""
     rows_of, files = label_files(base)
     if not files:
         find_files(base, (), "labels.csv", "labels.json")  # raises MissingFile
     if rows_of is read_table:
-        return read_table(files[0])
+        return read_table(files[0], known=known)
     rows = []
     lists = {}
     for path in files:
@@ -506,12 +506,12 @@ def find_photos(base, files):
     return photos
 
 
-def folder(root, split, split_seed=0):
+def folder(root, split, split_seed=0, known=()):
     """The user's own photos and labels. The split is that of the table or lists, or of folders train and test;
     validation photos are trained on, or are the test photos where there are none. split_seed: draws 80 / 20 % where
-    there is no split."""
+    there is no split; known: see data.load_photos."""
     base = Path(root)
-    table = own_table(base)
+    table = own_table(base, known)
     files = [normpath(file.replace("\\", "/")) for file in table.files]
     photos = find_photos(base, files)
     folders = [key_of(file).split("/")[0] for file in files]
@@ -642,9 +642,11 @@ def parse_policy(dataset, words):
     return policies
 
 
-def load_photos(dataset, root, split, count, policy):
+def load_photos(dataset, root, split, count, policy, known=()):
     """See data.load_photos."""
     policies = parse_policy(dataset, policy)
+    if dataset == "folder":
+        policies["known"] = known
     if dataset == "scenes":
         total = {"train": 20000, "test": 2000}[split]
         photos = [(split, index) for index in drawn(total, count).tolist()]

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import torch
@@ -329,8 +328,7 @@ class Progress:
     def _resume(self):
         with data.reading(self.folder / "resume.pt", "half-trained model", "delete it to train this seed anew") as path:
             try:
-                with catch_warnings():
-                    simplefilter("ignore")  # torch warns about foreign files
+                with data.without_warnings():  # torch warns about foreign files
                     state = torch.load(path, weights_only=True, map_location="cpu")
             except Exception:  # torch raises many kinds, and advises loading what must not be loaded
                 raise ValueError("is damaged") from None

@@ -578,10 +578,10 @@ def check_clip(clip):
 
 def names_of(config):
     """The label names of a run: the dataset's own, or those of them that --labels keeps."""
-    own = data.label_names(config.dataset, config.data_root)
     if not config.labels:
-        return own
+        return data.label_names(config.dataset, config.data_root)
     names = data.read_labels(config.labels)
+    own = data.label_names(config.dataset, config.data_root, names)
     for name in names:
         if name not in own:
             raise UsageError(f"--labels {config.labels}: '{name}' is no label of {config.dataset}, and SSPA learns "
@@ -642,8 +642,7 @@ def with_features(config, clip, found, names, kept):
     else:
         x0, rows = embed.embed_photos(clip, found.photos, config.cache, config.workers, config.quiet)
     photos = [found.photos[row] for row in rows]
-    own = data.label_names(config.dataset, config.data_root)
-    columns = [own.index(name) for name in names]
+    columns = [found.names.index(name) for name in names]
     labels = torch.from_numpy(found.labels[rows][:, columns])
     policy = f"{found.policy}; {len(found.photos) - len(rows)} unreadable photos left out"
     return Photos(photos, labels, x0, X, policy)
@@ -866,10 +865,11 @@ def main(argv):
         trained = metadata["names"]
     else:
         trained = run.without_unseen(config, names)
-    test_found = data.load_photos(config.dataset, config.data_root, "test", config.test_count, config.policy)
+    test_found = data.load_photos(config.dataset, config.data_root, "test", config.test_count, config.policy, names)
     photo_count = len(test_found.photos)
     if not config.checkpoint:
-        train_found = data.load_photos(config.dataset, config.data_root, "train", config.train_count, config.policy)
+        train_found = data.load_photos(config.dataset, config.data_root, "train", config.train_count, config.policy,
+                                       names)
         photo_count += len(train_found.photos)
 
     # ============ CLIP, and the photos through its frozen tower ============

@@ -388,7 +388,7 @@ def test_forms_of_your_own_folder(tmp_path, form):
 
 
 @pytest.mark.parametrize("content, said", [
-    ("f,tags\na.png,dog cat\nb.png,dog\n", "{root}/labels.csv: labels are cut at spaces; write a ';' after each if "),
+    ("f,tags\na.png,dog cat\nb.png,dog\n", "{root}/labels.csv: labels are cut at spaces; if a name has several "),
     ("f,fire_truck,a_b\na.png,1,0\n", "{root}/labels.csv: an underscore in a label is read as a space\n"),
     ("f,tags,split\na.png,dog,train\nb.png,dog,VALID\nc.png,dog,test\n", "{root}: validation photos join train\n"),
     ("f,tags,\na.png,собака;кот;dog,\n", "{root}/labels.csv: label 'кот' (2 of 3 in another script): CLIP was ")])
@@ -398,6 +398,13 @@ def test_what_is_said_once_of_your_own_folder(tmp_path, capsys, content, said):
     for _ in range(2):
         load("folder", tmp_path, "train")
     assert capsys.readouterr().err.count(said.format(root=tmp_path)) == 1
+
+
+def test_labels_of_several_words_between_spaces(tmp_path, capsys):
+    photos(tmp_path, "a.png")
+    write(tmp_path / "labels.csv", "f,tags,split\na.png,hot dog dog hot dogs,train\n")
+    found = data.load_photos("folder", tmp_path, "train", known=["dog", "hot dog"])
+    assert found.names == ["dog", "dogs", "hot", "hot dog"] and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("there", ["a.png dog/b.png cat/c.png", "train/a.png test/b.png", "images/a.png images/b.png"])

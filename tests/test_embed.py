@@ -209,15 +209,17 @@ def test_raw_files_and_videos_are_counted_and_heic_is_read_where_it_can_be(capsy
 
 
 @pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
-def test_exif_that_cannot_be_parsed(name):
-    """No turning; a torn photo stays an error."""
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF", b"Exif\0\0II*\0\b\0\0\0\5\0"])
+def test_exif_that_cannot_be_parsed(name, exif, recwarn):
+    """No turning, no warning; a torn photo stays an error."""
     photo = Path(name)
     expected = scenes.picture("test", 0)[0]
-    expected.save(photo, exif=b"Exif\0\0no TIFF", lossless=True, quality=100)
+    expected.save(photo, exif=exif, lossless=True, quality=100)
     np.testing.assert_allclose(data.open_photo(photo), expected, atol=60)  # JPEG
     photo.write_bytes(photo.read_bytes()[:-500])
     with pytest.raises(OSError):
         data.open_photo(photo)
+    assert not recwarn
 
 
 def test_grey_of_12_bits():
