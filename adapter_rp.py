@@ -287,7 +287,7 @@ def training_texts(config, names):
 
     never = [name for column, name in enumerate(names) if not labels[:, column].any()]
     if never:
-        say(f"no training text has the labels {', '.join(never[:10])}: nothing can be learnt about them")
+        say(f"no training text has the labels {', '.join(never[:10])}: they cannot be learnt; add texts with them")
     if len(names) < data.FEW and config.backbone != "scenes":
         count = len(texts)
         texts, labels = data.with_negatives(texts, labels, names)
@@ -337,7 +337,7 @@ def load_inputs(config, names):
     if len(names) >= data.FEW:  # long lists leave out texts without any of them
         texts = texts[(text_labels[texts] == 1).any(1)]
     if not (text_labels[texts] == 1).any():
-        raise UsageError(f"features file {config.features}: no text has any of the {len(names)} labels; choose others")
+        raise UsageError(f"features file {config.features}: no text has any of the {len(names)} --labels; name others")
     images = data.drawn(len(arrays["image_labels"]), config.test_count)
     return Inputs(
         torch.from_numpy(arrays["label_embeddings"][columns]),

@@ -233,7 +233,7 @@ def read_labels(path):
     names = own_names([line for line in lines_of(path, "label file") if clean_name(line, path)], path)
     odd = [name for name in names if re.match("[#*-]|.*,", name)]
     if odd:
-        say(f"{path}: '{odd[0]}' is taken as a label, word by word; one name a line, without marks and commas")
+        say(f"{path}: '{odd[0]}' is taken as a label, word for word; write one name a line, without bullets, commas")
     return names
 
 

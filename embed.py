@@ -75,7 +75,7 @@ class Clip(NamedTuple):
     model: torch.nn.Module  # any of open_clip's, frozen, in eval mode
     tokenizer: object       # list of str -> int64 [N, context length]
     preprocess: object      # PIL RGB -> float32 [3, H, W]
-    name: str               # for people
+    name: str               # for messages and records
     key: str                # hash of what the model computes, by which a checkpoint knows its encoder
     precision: str          # "fp32" or "bf16"
     image_size: tuple       # (H, W), pixels that the image tower sees
@@ -213,7 +213,7 @@ def _load_weights(model, path):
                 raise ValueError(f"{name} is {tensor.dtype}: quantised weights cannot be read")
             state[own] = tensor.float()  # half precision cannot be resized on a CPU
     if token_ids is not None:
-        # The tiny CLIP's file holds only the rows that captions can reach: they go back into the full table.
+        # The toy CLIP's file holds only the rows that captions can reach: they go back into the full table.
         table = torch.zeros_like(model.token_embedding.weight)
         table[token_ids] = state["token_embedding.weight"]
         state["token_embedding.weight"] = table

@@ -142,7 +142,7 @@ def parse(kind, argv, description, epilog):
         if isinstance(value, list):
             given[name] = tuple(value)
             if len(set(value)) < len(value):
-                raise UsageError(f"{flag_of(name)} {' '.join(map(str, value))}: a value stands twice")
+                raise UsageError(f"{flag_of(name)} {' '.join(map(str, value))}: a value stands twice; remove one")
     config = kind(**given, given=tuple(given))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("--tensorboard: pip install tensorboard, or leave it out")
@@ -193,7 +193,7 @@ def set_up(config):
     """Chooses the device, joins torchrun's process group, and sets config.precision where it is not given
     -> torch.device. Raises UsageError."""
     if config.gpu is not None and (config.cpu or WORLD > 1):
-        raise UsageError("--gpu excludes --cpu, and torchrun, which gives every process its own; leave one out")
+        raise UsageError("--gpu does not go with --cpu or torchrun, which gives each process a GPU; leave one out")
     count = torch.cuda.device_count()
     number = config.gpu
     if number is None and count and not config.cpu:

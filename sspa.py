@@ -73,7 +73,7 @@ class Config(run.Options):
     no_gate: bool = option(False, "ablation: GDMA adds its attention output ungated")
     aggregator: str = option("soft", "a label's score from all regions [paper]; ablations: mean, max",
                              choices=("soft", "mean", "max"))
-    temperature: float = option(0.1, "soft aggregator: smaller, best regions count more [choice D8]", type=run.POSITIVE)
+    temperature: float = option(0.1, "soft aggregator: if lower, fewer regions count [choice D8]", type=run.POSITIVE)
     branches: str = option("both", "scores from the whole image, from its regions, or both [figure]",
                            choices=("both", "global", "regional"))
     gamma_neg: float = option(2.0, "loss: larger down-weights easy absent labels more [author D10]",
@@ -478,7 +478,7 @@ class SSPA(nn.Module):
         return T_fn, X_fn, label_gate, region_gate
 
     def forward(self, x0, X, targets=None, prompts=None):
-        """x0: [B, d]; X: [B, M, d]; targets: int [B, C] or None; prompts: of self.prompts(), None: computed here
+        """x0: [B, d]; X: [B, M, d]; targets: int [B, C] or None; prompts: self.prompts(), or None to compute them
         -> Prediction, or with targets the loss, a scalar averaged over the batch."""
         x0 = F.normalize(x0, dim=-1)                                             # choice D14
         X = F.normalize(X.to(x0.dtype), dim=-1)
@@ -539,7 +539,7 @@ def branch_scores(branches, global_logits, regional_logits):
 
 
 def probabilities_of(config, scores):
-    """What branch_scores gave, float64 [N, C] -> the probabilities that it implies, ranked alike"""
+    """Scores of branch_scores, float64 [N, C] -> the probabilities that they imply, ranked alike"""
     return asymmetric_probability(torch.logit(scores), config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
 
 
@@ -704,7 +704,7 @@ def warm_up_then_cosine(step, total_steps):
 def train(config, clip, labels, photos, seed, folder):
     """Trains one model -> SSPA with the averaged weights. Random numbers depend only on the seed, the epoch and the
     photo, so an interrupted training resumes where it was, and several processes (torchrun), each with its share of a
-    batch, learn what one would. Raises run.Diverged."""
+    batch, learn what a single one would. Raises run.Diverged."""
     # ============ model, optimiser, average of the weights ============
     model = SSPA(config, clip.model, labels, seed).to(clip.device)
     set_biases(config, clip, model, photos)
@@ -719,7 +719,7 @@ def train(config, clip, labels, photos, seed, folder):
     count = len(photos.photos)
     batch_size = min(config.batch_size, count)
     if batch_size < run.WORLD:
-        raise UsageError(f"a batch of {batch_size} photos cannot feed {run.WORLD} processes; raise --batch-size")
+        raise UsageError(f"a batch of {batch_size} photos is too small for {run.WORLD} processes; raise --batch-size")
     steps = count // batch_size
     total_steps = config.epochs * steps
 

@@ -67,7 +67,7 @@ class Model:
         """Scores, float64 tensor [N, C] -> probabilities, numpy [N, C]. Raises UsageError, as probabilities."""
         probabilities = self.to_probabilities(self.tagger.config, scores)
         if probabilities is None:
-            raise UsageError("the model was trained with --loss ranking, whose scores are no probabilities; train it "
+            raise UsageError("the model was trained with --loss ranking, whose scores imply no probabilities; train it "
                              "with another --loss")
         return probabilities.numpy()
 

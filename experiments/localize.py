@@ -164,7 +164,7 @@ def score(tagger, photos, names):
             asked += fresh
             rows += batch[places].tolist()
     if not asked:
-        raise UsageError("no label of these photos has a box that CLIP sees")
+        raise UsageError("no label of these photos has a box that CLIP sees; use more photos or another --dataset")
     found = {name: np.concatenate(values) for name, values in found.items()}
     labels, *_, pixels = zip(*asked, strict=True)
     return found, np.array(labels), np.array(rows), np.array(pixels), cut
