@@ -73,7 +73,7 @@ class Config(run.Options):
     no_gate: bool = option(False, "ablation: GDMA adds its attention output ungated")
     aggregator: str = option("soft", "a label's score from all regions [paper]; ablations: mean, max",
                              choices=("soft", "mean", "max"))
-    temperature: float = option(0.1, "soft aggregator: if lower, fewer regions count [choice D8]", type=run.POSITIVE)
+    temperature: float = option(0.1, "soft aggregator; lower: best regions count more [choice D8]", type=run.POSITIVE)
     branches: str = option("both", "scores from the whole image, from its regions, or both [figure]",
                            choices=("both", "global", "regional"))
     gamma_neg: float = option(2.0, "loss: larger down-weights easy absent labels more [author D10]",
