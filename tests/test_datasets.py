@@ -193,7 +193,7 @@ def test_published_tree_to_labels(tmp_path, dataset):
     ("VOC2007/Annotations/1.xml", f"<a>{OBJECT.format('cow', 0)}</a>", "annotation .*1.xml"),
     ("VOC2007/ImageSets/Main/trainval.txt", "3\n", "annotation .*3.xml: no such file.*; expected"),
     ("VOC2007/Annotations/1.xml", f"<a>{SIZE}{OBJECT.format('zebra', 0)}</a>",
-     "label files of .* have 'zebra', no label of voc2007; give labels of your own by --dataset folder --data-root /"),
+     "label files of .* have 'zebra', no label of voc2007; for labels of your own pass --dataset folder --data-root /"),
     ("coco2014/annotations/instances_train2014.json", COCO.replace("person", "unicorn"),
      "label files of .* have 'unicorn', no label of coco2014; "),
     ("coco2014/annotations/instances_train2014.json", '{"images": []}', "annotations .*give COCO's"),
