@@ -16,14 +16,18 @@ PROBE_LIMIT = 8e9  # training rows x width x labels; half of it takes a minute o
 def zero_shot(prompts, images):
     """Cosine with the prompts, plain and with both sides centred. prompts: [C, D]; images: [M, D] -> dict of [M, C]
 
-    Centred: embeddings are scaled to length 1, the mean of their own side is subtracted (over the labels for prompts,
-    over these very images, whose labels are not used, for images), and they are scaled to length 1 again.
+    Centred, where there are two prompts or more: embeddings are scaled to length 1, the mean of their own side is
+    subtracted (over the labels for prompts, over these very images, whose labels are not used, for images), and they
+    are scaled to length 1 again.
     """
     prompts = F.normalize(prompts, dim=-1)
     images = F.normalize(images, dim=-1)
-    centred_prompts = F.normalize(prompts - prompts.mean(0), dim=-1)
-    centred_images = F.normalize(images - images.mean(0), dim=-1)
-    return {"zero_shot": images @ prompts.T, "zero_shot_centred": centred_images @ centred_prompts.T}
+    scores = {"zero_shot": images @ prompts.T}
+    if len(prompts) > 1:  # a single one is its own mean
+        centred_prompts = F.normalize(prompts - prompts.mean(0), dim=-1)
+        centred_images = F.normalize(images - images.mean(0), dim=-1)
+        scores["zero_shot_centred"] = centred_images @ centred_prompts.T
+    return scores
 
 
 def linear_probe_where_quick(features, labels, images):

@@ -25,7 +25,7 @@ experiments() {
     # the longest first, so that none is left over in the end: SSPA whole, tuned on UCM, and its learning curve
     seeds="0 1 2"
     sspa scenes --tune-image none --save-all
-    sspa ucm-toy-tuned --tune-image full --backbone scenes
+    sspa ucm-toy-tuned --tune-image full --backbone scenes --lr 6e-3
     once curve curve.json experiments/curve.py --seed ${SEEDS:-$seeds}
 
     for dataset in scenes features ${DATASETS:-voc2007 coco2014 nuswide}; do  # RP: noise, magnitude, number of texts
@@ -83,7 +83,8 @@ experiments() {
     fi
     rp ucm-toy --backbone scenes
     rp ucm-toy-descriptions --backbone scenes --texts "$RUNS/ucm-descriptions.txt" --epochs 480
-    sspa ucm-toy --tune-image none --backbone scenes
+    sspa ucm-toy --tune-image none --backbone scenes --lr 6e-3
+    sspa ucm-toy--lr-5e-5 --tune-image none --backbone scenes --lr 5e-5
 
     # SSPA on scenes: ablations, where maps point
     ablations=("" "--fusion knowledge" "--fusion context" "--fusion concat" "--no-dsf" "--no-gate" "--alignment none" \

@@ -83,7 +83,7 @@ class Config(run.Options):
     focal_gradient: str = option("full", "full: differentiate the loss's weights, too [choice D10]; stopped [author]",
                                  choices=("full", "stopped"))
     regional_weight: float = option(1.0, "weight of the regional branch's loss [author D10]", type=run.NOT_NEGATIVE)
-    lr: float = option(None, "learning rate, falls to 0 (default: 5e-5 [author D11]; on scenes 6e-3 [choice D11, "
+    lr: float = option(None, "learning rate, falls to 0 (default: 5e-5 [author D11]; toy CLIP: 6e-3 [choice D11, "
                        "looked at on test data once])", type=run.POSITIVE)
     prompt_lr: float = option(1e-3, "learning rate of the context vectors [choice D11]", type=run.POSITIVE)
     image_lr_factor: float = option(0.1, "a tuned image tower learns at this times --lr [author D11]",
@@ -850,7 +850,7 @@ def main(argv):
         stored, metadata = run.read_checkpoint(config.checkpoint, "sspa")
         config = run.as_trained(config, metadata)
     if config.lr is None:
-        config.lr = 6e-3 if config.dataset == "scenes" else 5e-5
+        config.lr = 6e-3 if config.backbone == "scenes" else 5e-5
     device = run.set_up(config)
 
     # ============ the run's folder: finished, half done or new ============

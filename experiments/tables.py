@@ -342,7 +342,8 @@ def curve(runs):
 def sspa_main(runs):
     columns = {"zero-shot mAP": "/zero_shot_mAP", "linear probe mAP": "/linear_probe_mAP",
                **{title: f"/{title}" for title in METRICS}}
-    return Table("SSPA: the full method", columns, grid(runs, TOWERS, columns.values()), intervals=True)
+    kinds = {**TOWERS, "sspa-{}--lr-5e-5": ", SSPA frozen, the author's learning rate"}
+    return Table("SSPA: the full method", columns, grid(runs, kinds, columns.values()), intervals=True)
 
 
 def sspa_maps(runs):

@@ -141,6 +141,7 @@ def test_zero_shot_plain_and_centred():
     found = baselines.zero_shot(torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([[5.0, 0], [0, 1]]))
     assert found["zero_shot"].tolist() == [[1, 0], [0, 1]]
     torch.testing.assert_close(found["zero_shot_centred"], torch.tensor([[1.0, -1], [-1, 1]]))
+    assert "zero_shot_centred" not in baselines.zero_shot(torch.ones(1, 2), torch.ones(3, 2))  # its own mean
 
 
 @pytest.mark.parametrize("strength", [0.5, 100])
