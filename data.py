@@ -664,9 +664,9 @@ def load_features(path):
                 arrays[name] = check_names(array.astype(str).tolist(), f"features file {path}")
             elif name.endswith("_labels"):
                 check_marks(array, f"features file {path}: {name}")
-                arrays[name] = array.astype(np.int8)
+                arrays[name] = array.astype(np.int8, order="C")
             elif np.isfinite(array).all():
-                arrays[name] = array.astype(np.float32)
+                arrays[name] = array.astype(np.float32, order="C")
             else:
                 raise ValueError(f"{name} holds values that are not finite numbers")
     return arrays

@@ -69,12 +69,11 @@ experiments() {
     done
     seeds="0 1 2"
 
-    # what one would try first, and what prompt tuning costs
+    # what one would try first
     once baselines-features baselines.json experiments/baselines.py --features "$FEATURES"
     once baselines-scenes baselines.json experiments/baselines.py
     aerial=(--dataset ucm --data-root "$UCM_ROOT" --backbone scenes)
     once baselines-ucm-toy baselines.json experiments/baselines.py "${aerial[@]}"
-    once rp-cost benchmark.json experiments/benchmark.py cost
 
     # UCM, whole, aerial photos, with the toy CLIP, which knows drawn things alone
     if ! [ "$plan" ]; then  # a sentence a line
@@ -94,6 +93,10 @@ experiments() {
     done
     wait  # for the models
     for run in scenes scenes-short scenes-short--alignment-none; do maps $run; done
+
+    wait  # times are measured alone
+    once rp-cost benchmark.json experiments/benchmark.py cost
+    wait
 
     # photographs
     for dataset in ${DATASETS:-voc2007 coco2014 nuswide pa100k rapv1 peta multiscene mlrsnet ucm}; do

@@ -95,7 +95,7 @@ def main(argv):
             values[name].append(metrics.mean_average_precision(scores, inputs.image_labels))
             print(f"{name:<60}{chosen[name]:>5}   seed {seed}{values[name][-1]:8.2f}", flush=True)
         if fit is logistic_regression:
-            kept[name] = scores.astype(np.float32)
+            kept[name] = scores.astype(np.float32, order="C")
     data.write_atomically(folder / "scores.safetensors", save(kept))
     data.write_json(folder / "baselines.json", {
         "command": " ".join(["python experiments/baselines.py", *argv]), "commit": run.commit(), "device": str(device),

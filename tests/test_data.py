@@ -293,10 +293,12 @@ FEATURES = {"text_embeddings": np.ones((5, 4)), "text_labels": np.ones((5, 2)), 
 
 
 def test_features(tmp_path):
-    np.savez(tmp_path / "f.npz", **FEATURES)
+    by_column = {name: np.asfortranarray(array) for name, array in FEATURES.items()}
+    np.savez(tmp_path / "f.npz", **by_column)
     stored = data.load_features(tmp_path / "f.npz")
     for name, array in FEATURES.items():
         np.testing.assert_array_equal(stored[name], array)
+    assert stored["image_labels"].flags.c_contiguous and stored["image_embeddings"].flags.c_contiguous
     assert (stored["image_labels"].dtype, stored["image_embeddings"].dtype) == (np.int8, np.float32)
 
 
