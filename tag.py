@@ -158,6 +158,8 @@ def open_model(options):
     model = load(options.checkpoint, device, labels, options.cache, options.precision)
     if model.clip.name == "scenes":
         say("CLIP is the scenes toy here, trained on drawn pictures: its tags of photographs mean nothing")
+    if getattr(model.tagger.config, "head", None) == "label-embedding":
+        say("with --head label-embedding probabilities may be far off (docs/probabilities.md); --top-k needs none")
     return model, photos
 
 

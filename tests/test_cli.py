@@ -358,6 +358,7 @@ def test_labels_never_trained_on(start, place, tmp_path, script, more):
     stdout, stderr = start("tag.py", checkpoint, place / "photos", "--stdout --labels", place / "foreign.txt").end()
     assert [set(json.loads(line)["probabilities"]) for line in stdout.splitlines()] == 3 * [{"cup", "zebra"}]
     assert ("never trained on cup, zebra" in stderr) == (script == SSPA)
+    assert ("probabilities may be far off" in stderr) == (script == RP)
 
 
 def test_words_alone_are_not_scored(start, place, tmp_path):
