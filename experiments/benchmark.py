@@ -1,6 +1,6 @@
 """Times and memory of plain formulas, fused paths and other people's code, side by side in one run.
 
-    python experiments/benchmark.py all --output D       20 minutes on two cores: all but prompt tuning and the GPU
+    python experiments/benchmark.py all --output D       12 minutes on two cores: all but prompt tuning and the GPU
     python experiments/benchmark.py cost --output D      prompt tuning beside the adapter, for docs/results.md
     python experiments/benchmark.py gpu --output D       tagging, SSPA's training step, prompts; refuses without a GPU
     python experiments/benchmark.py docs --output D      puts what `all` or `gpu` wrote into the tables of docs/speed.md
