@@ -451,6 +451,8 @@ def filled_in(text, tables, runs=()):
             content = "\n" + markdown(tables[name])
         elif kind == "number":
             content = shown(number(runs, name), with_interval=True)
+            if not content:
+                raise UsageError(f"a page asks for {name}, which no run has; mend the page")
         else:
             content = f"{runs[name]['seconds'] / 60:.0f}"
         return f"<!-- {kind} {name} -->{content}<!-- end -->"

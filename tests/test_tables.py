@@ -214,6 +214,9 @@ def test_docs_and_check(write_run, tmp_path, monkeypatch):
     page.write_text(text.replace("60.50", "60.51", 1))
     with pytest.raises(tables.UsageError, match="page.md says '.*60.51"):
         tables.main(["--check"])
+    page.write_text("<!-- number rp-ucm/map -->?<!-- end -->")
+    with pytest.raises(tables.UsageError, match="asks for rp-ucm/map, which no run has"):
+        tables.main(["--check"])
 
 
 def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
