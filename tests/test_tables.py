@@ -232,6 +232,7 @@ def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
 
 def test_ctrl_c_ends_the_list(run_all, tmp_path):
     """Both runs that are under way end, and no other begins."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
     process = run_all(start=subprocess.Popen, ONLY="rp-scenes")
     logs = [tmp_path / "runs/rp-scenes.log", tmp_path / "runs/rp-scenes--noise-std-0.log"]
     while not all(log.is_file() and log.read_bytes() for log in logs):  # until both have said their first word
