@@ -485,9 +485,11 @@ def check_commits(runs):
 def check():
     """Checks README.md and docs/*.md against the record, and the record. Raises UsageError for the first difference."""
     record = data.read_json(RECORD, "record of runs")
+    tables = tables_of(record)
     for path in PAGES:
         text = data.read_text(path, "page")
-        for line, wanted in zip(text.split("\n"), filled_in(text, tables_of(record), record).split("\n"), strict=False):
+        filled = filled_in(text, tables, record)
+        for line, wanted in zip(text.split("\n"), filled.split("\n"), strict=False):
             if line != wanted:
                 raise UsageError(f"{path.name} says '{line}', {RECORD.name} '{wanted}'; --docs writes it anew")
     check_commits(record)

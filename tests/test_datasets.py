@@ -391,7 +391,7 @@ def test_forms_of_your_own_folder(tmp_path, form):
     ("f,tags\na.png,dog cat\nb.png,dog\n", "{root}/labels.csv: labels are cut at spaces; if a name has several "),
     ("f,fire_truck,a_b\na.png,1,0\n", "{root}/labels.csv: an underscore in a label is read as a space\n"),
     ("f,tags,split\na.png,dog,train\nb.png,dog,VALID\nc.png,dog,test\n", "{root}: validation photos join train\n"),
-    ("f,tags,\na.png,собака;кот;dog,\n", "{root}/labels.csv: label 'кот' (2 of 3 in another script): CLIP was ")])
+    ("f,tags,\na.png,пёс;кот;dog,\n", "{root}/labels.csv: label 'кот' (2 of 3 in another script): CLIP ")])
 def test_what_is_said_once_of_your_own_folder(tmp_path, capsys, content, said):
     photos(tmp_path, "a.png", "b.png", "c.png")
     write(tmp_path / "labels.csv", content)
