@@ -576,7 +576,8 @@ def read_rows(path):
         separator = max(",;\t", key=line.count)
         lines.seek(0)
     cells = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-    rows = [[cell.strip() for cell in row] for row in cells if any(row)]
+    stripped = [[cell.strip() for cell in row] for row in cells]
+    rows = [row for row in stripped if any(row)]
     width = len(rows[0])
     for row in rows:
         if len(row) < width or any(row[width:]):

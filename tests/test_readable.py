@@ -15,7 +15,7 @@ import pytest
 from conftest import REPOSITORY
 
 TOKENS = {  # of each file, and of all tests together; the whole stays within the sum, wherever code is moved to
-    "adapter_rp.py": 4859, "baselines.py": 483, "data.py": 4386, "datasets.py": 5367, "embed.py": 3531,
+    "adapter_rp.py": 4859, "baselines.py": 483, "data.py": 4395, "datasets.py": 5367, "embed.py": 3531,
     "experiments/baselines.py": 804, "experiments/benchmark.py": 4042, "experiments/curve.py": 643,
     "experiments/intervals.py": 887, "experiments/localize.py": 2359, "experiments/tables.py": 4266,
     "experiments/text_quality.py": 1556, "experiments/thresholds.py": 826, "experiments/train_scenes_clip.py": 1066,
