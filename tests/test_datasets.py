@@ -327,7 +327,7 @@ FORMS = {
                        "2,sub\\c.png,1.0,false,test\n3,./a,1,0,Train\n"},
         {"train": "images/a.png: dog; Caf\u00e9.jpg: dog", "test": "sub/c.png: dog"}),
     "sep=": (
-        {"labels.csv": "sep=;\r\nfile;tags;split\r\na.png;'dog'|cat;train\r\nb.png;;train\r\n ; ; \r\n"
+        {"labels.csv": "sep=;\r\nfile;tags;split\r\na.png;'dog'|cat;train\r\nb.png;;train\r\n\t;;\r\n"
                        'c.png;"cat\r\nfire truck";test\r\n'},
         {"train": "a.png: cat, dog; b.png: ", "test": "c.png: cat, fire truck"}),
     "spaces": ({"labels.csv": "file,tags,split\na.png,dog  cat,training\nb.png,dog,val\n"},
