@@ -28,10 +28,9 @@ sys.path.insert(0, str(REPOSITORY))
 import intervals
 
 import data
-from data import UsageError
-from run import exit_codes
+from data import ASSETS, UsageError
+from run import FIRST_TRIES, exit_codes
 
-ASSETS = REPOSITORY / "assets"
 RECORD = ASSETS / "tables.json"
 PAPERS = ASSETS / "paper_numbers.json"
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "docs/results.md", REPOSITORY / "docs/probabilities.md"]
@@ -81,34 +80,34 @@ STATED = {  # those whose probabilities are looked at
     "rp-{}-templates": ", RP, template sentences", "rp-{}-descriptions": ", RP, descriptions as texts",
     "rp-{}-first-1": ", RP, one label", "rp-{}-first-4": ", RP, four labels", **TOWERS}
 CURVES = {"rp-features": "RP, photo features", "rp-scenes": "RP, scenes", "sspa-scenes": "SSPA, scenes"}
-CLAIMS = {  # what is compared, and with what
-    "RP: noise 0.15 against none": ("rp-{}", "rp-{}--noise-std-0"),
-    "RP against zero-shot": ("rp-{}", "rp-{}/zero_shot_mAP"),
-    "RP against zero-shot, both sides centred": ("rp-{}", "rp-{}/zero_shot_centred_mAP"),
-    "RP against the linear probe of the texts, C = 100": ("rp-{}", "rp-{}/linear_probe_mAP"),
-    "RP against the linear probe of the texts, the best C on these test photos": ("rp-{}", BEST_PROBE),
-    "RP without noise against zero-shot": ("rp-{}--noise-std-0", "rp-{}/zero_shot_mAP"),
-    "RP: raw against unit length": ("rp-{}", "rp-{}-unit"),
-    "RP without noise: raw against unit length": ("rp-{}--noise-std-0", "rp-{}-unit--noise-std-0"),
-    "RP: gaussian against uniform noise": ("rp-{}", "rp-{}-uniform"),
-    "RP: gaussian noise against noise on a sphere": ("rp-{}", "rp-{}-sphere"),
-    "RP: all texts against 4,000": ("rp-{}", "rp-{}-4000-texts"),
-    "RP: all texts against 250": ("rp-{}", "rp-{}-250-texts"),
-    "RP: its sentences against template sentences": ("rp-{}", "rp-{}-templates"),
-    "RP: template sentences against descriptions": ("rp-{}", "rp-{}-descriptions"),
-    "RP, linear adapter: noise 0.15 against none": ("rp-{}-linear", "rp-{}-linear--noise-std-0"),
-    "RP: gamma- 4 against 0": ("rp-{}", "rp-{}--gamma-neg-0"),
+CLAIMS = {  # words: place of a difference, {} for a set
+    "RP: noise 0.15 against none": "rp-{} - rp-{}--noise-std-0",
+    "RP against zero-shot": "rp-{} - rp-{}/zero_shot_mAP",
+    "RP against zero-shot, both sides centred": "rp-{} - rp-{}/zero_shot_centred_mAP",
+    "RP against the linear probe of the texts, C = 100": "rp-{} - rp-{}/linear_probe_mAP",
+    "RP against the linear probe of the texts, the best C on these test photos": f"rp-{{}} - {BEST_PROBE}",
+    "RP without noise against zero-shot": "rp-{}--noise-std-0 - rp-{}/zero_shot_mAP",
+    "RP: raw against unit length": "rp-{} - rp-{}-unit",
+    "RP without noise: raw against unit length": "rp-{}--noise-std-0 - rp-{}-unit--noise-std-0",
+    "RP: gaussian against uniform noise": "rp-{} - rp-{}-uniform",
+    "RP: gaussian noise against noise on a sphere": "rp-{} - rp-{}-sphere",
+    "RP: all texts against 4,000": "rp-{} - rp-{}-4000-texts",
+    "RP: all texts against 250": "rp-{} - rp-{}-250-texts",
+    "RP: its sentences against template sentences": "rp-{} - rp-{}-templates",
+    "RP: template sentences against descriptions": "rp-{} - rp-{}-descriptions",
+    "RP, linear adapter: noise 0.15 against none": "rp-{}-linear - rp-{}-linear--noise-std-0",
+    "RP: gamma- 4 against 0": "rp-{} - rp-{}--gamma-neg-0",
     "RP: thresholds without labels against a score above 0.5, macro F1":
-        ("rp-{}/macro F1, label-free", "rp-{}/macro F1, score > 0.5"),
-    "SSPA against zero-shot": ("sspa-{}", "sspa-{}/zero_shot_mAP"),
-    "SSPA against the linear probe of the photos": ("sspa-{}", "sspa-{}/linear_probe_mAP"),
-    "SSPA: image tower tuned against frozen": ("sspa-{}-tuned", "sspa-{}"),
+        "rp-{}/macro F1, label-free - rp-{}/macro F1, score > 0.5",
+    "SSPA against zero-shot": "sspa-{} - sspa-{}/zero_shot_mAP",
+    "SSPA against the linear probe of the photos": "sspa-{} - sspa-{}/linear_probe_mAP",
+    "SSPA: image tower tuned against frozen": "sspa-{}-tuned - sspa-{}",
     "SSPA: thresholds without labels against a score above 0.5, macro F1":
-        ("sspa-{}/macro F1, label-free", "sspa-{}/macro F1, score > 0.5")}
-PARTS = {f"SSPA, {title}: {words}": (f"sspa-{{}}{setting}{end}", f"sspa-{{}}{setting}")
+        "sspa-{}/macro F1, label-free - sspa-{}/macro F1, score > 0.5"}
+PARTS = {f"SSPA, {title}: {words}": f"sspa-{{}}{setting}{end} - sspa-{{}}{setting}"
          for setting, title in {"-short": "2,000 photos", "-tuned": "image tower tuned"}.items()
          for end, words in ABLATIONS.items()}
-COSTS = ("prompt tuning, ms a step", "adapter, ms a step", "ratio")
+COSTS = {"prompt tuning, ms a step": "reference_ms", "adapter, ms a step": "fused_ms", "ratio": "ratio"}  # columns
 PUBLISHED = ("dataset", "metric", "value", "method", "backbone", "source", "note")  # of a cell of paper_numbers.json
 
 
@@ -131,8 +130,7 @@ def summary(values):
 
 
 def facts_of(result, numbers):
-    facts = {name: result[name] for name in ("command", "commit", "device", "seconds")}
-    return {**facts, "numbers": numbers}
+    return {name: result[name] for name in ("command", "commit", "device", "seconds")} | {"numbers": numbers}
 
 
 def read_run(result):
@@ -144,8 +142,8 @@ def read_run(result):
     for title, place in [*METRICS.items(), *CHANCES.items()]:
         group, _, key = place.rpartition("/")
         numbers[title] = summary([run.get(group, run).get(key) for run in runs])
-    for name in ("zero_shot_mAP", "zero_shot_centred_mAP", "linear_probe_mAP"):
-        numbers[name] = summary([result.get(name)])
+    for name in FIRST_TRIES:
+        numbers[f"{name}_mAP"] = summary([result.get(f"{name}_mAP")])
     labels = result["per_class"]
     for title, learnt in (("seen", True), ("unseen", False)):
         rows = [row for row, label in enumerate(labels) if label["trained"] == learnt]
@@ -164,9 +162,8 @@ def read_cost(result):
     machine = result["machine"]
     numbers = {}
     for row in result["rows"]:
-        values = (row["reference_ms"], row["fused_ms"], row["ratio"])
-        for title, value in zip(COSTS, values, strict=True):
-            numbers[f"{title}, {row['shape']}"] = [value, None]
+        for title, column in COSTS.items():
+            numbers[f"{title}, {row['shape']}"] = [row[column], None]
     return {"command": "python experiments/benchmark.py cost", "commit": machine["commit"],
             "device": machine["processor"], "seconds": 60 * machine["minutes"], "numbers": numbers}
 
@@ -224,10 +221,11 @@ def add_intervals(runs):
                 places[f"{name}/{metric}"] = values
                 if metric == "mAP":
                     places[name] = values
-    for _, one, other in compared(CLAIMS | PARTS):
+    for _, place in compared(CLAIMS | PARTS):
+        one, other = place.split(" - ")
         if one in places and other in places:
             numbers = runs[one.partition("/")[0]]["numbers"]
-            numbers[f"{one} - {other}"] = intervals.difference(places[one], places[other])
+            numbers[place] = intervals.difference(places[one], places[other])
     for dataset in SETS:
         values = {strength: places.get(place.format(dataset)) for strength, place in NOISES.items()}
         if all(rows is not None for rows in values.values()):
@@ -236,11 +234,11 @@ def add_intervals(runs):
 
 
 def compared(claims):
-    """The claims on each set -> [words, place of the one number, place of the other]"""
+    """The claims on each set -> [[words, place of the difference], ...]"""
     found = []
-    for words, (one, other) in claims.items():
+    for words, place in claims.items():
         for dataset, title in SETS.items():
-            found.append([f"{words} ({title})", one.format(dataset), other.format(dataset)])
+            found.append([f"{words} ({title})", place.replace("{}", dataset)])
     return found
 
 
@@ -275,8 +273,8 @@ def number(runs, place):
     return numbers_of(runs, name).get(metric or "mAP", "")
 
 
-def grid(runs, kinds, columns):
-    """A row for every set and kind of run -> rows. kinds: {run, {} for the set: words}; columns: ends of places"""
+def grid(runs, title, kinds, metrics):
+    """A row for every set and kind of run, a column for every metric -> Table. kinds: {run, {} for the set: words}"""
     rows = []
     for dataset in SETS:
         for kind, words in kinds.items():
@@ -284,8 +282,8 @@ def grid(runs, kinds, columns):
             label = dataset + words
             if "trained on" in runs.get(name, ()):
                 label += f" ({runs[name]['trained on']})"
-            rows.append([label, *(number(runs, name + end) for end in columns)])
-    return rows
+            rows.append([label, *(number(runs, f"{name}/{metric}") for metric in metrics)])
+    return Table(title, metrics, rows)
 
 
 def by_set(runs, title, rows):
@@ -304,9 +302,10 @@ def rp_main(runs):
 
 def differences(runs, claims=CLAIMS, title="What is claimed, on the same test photos"):
     rows = []
-    for words, one, other in compared(claims):
-        cell = number(runs, f"{one} - {other}")
+    for words, place in compared(claims):
+        cell = number(runs, place)
         if isinstance(cell, list):
+            one, other = place.split(" - ")
             gain, error, low, high = cell
             verdict = "not resolved"
             if low * high > 0 and abs(gain) > 2 * error:
@@ -340,23 +339,20 @@ def curve(runs):
 
 
 def sspa_main(runs):
-    columns = {"zero-shot mAP": "/zero_shot_mAP", "linear probe mAP": "/linear_probe_mAP",
-               **{title: f"/{title}" for title in METRICS}}
     kinds = {**TOWERS, "sspa-{}--lr-5e-5": ", SSPA frozen, the author's learning rate"}
-    return Table("SSPA: the full method", columns, grid(runs, kinds, columns.values()), intervals=True)
+    table = grid(runs, "SSPA: the full method", kinds, ["zero_shot_mAP", "linear_probe_mAP", *METRICS])
+    return table._replace(columns=["zero-shot mAP", "linear probe mAP", *METRICS], intervals=True)
 
 
 def sspa_maps(runs):
     """Whether longer training or GDMA makes maps truer"""
     kinds = {"maps-{}": ", 20,000 photos", "maps-{}-short": ", 2,000 photos",
              "maps-{}-short--alignment-none": ", 2,000 photos, no GDMA"}
-    return Table("SSPA: where its maps point, hits of the pointing game", MAPS,
-                 grid(runs, kinds, [f"/{map_}" for map_ in MAPS]))
+    return grid(runs, "SSPA: where its maps point, hits of the pointing game", kinds, MAPS)
 
 
 def probabilities(runs):
-    return Table("What scores and probabilities are worth, percent", CHANCES,
-                 grid(runs, STATED, [f"/{title}" for title in CHANCES]))
+    return grid(runs, "What scores and probabilities are worth, percent", STATED, CHANCES)
 
 
 def thresholds(runs):
@@ -388,14 +384,16 @@ def published(runs):
 def behind(runs):
     """The command behind every number"""
     rows = []
+    commits = set()
+    seconds = 0
     for name, run in runs.items():
         if "reason" in run:
             rows.append([name, f"not done: {run['reason']}", "", ""])
         else:
             rows.append([name, f"`{run['command']}`", run["device"], f"{run['seconds'] / 60:.1f}"])
-    commits = {run["commit"] for run in runs.values() if "commit" in run}
-    minutes = sum(run.get("seconds", 0) for run in runs.values()) / 60
-    note = f"Commit {', '.join(sorted(commits))} (+: with changes); {minutes:.0f} minutes in all."
+            commits.add(run["commit"])
+            seconds += run["seconds"]
+    note = f"Commit {', '.join(sorted(commits))} (+: with changes); {seconds / 60:.0f} minutes in all."
     return Table("Behind the numbers", ["command", "on", "minutes"], rows, note)
 
 
@@ -436,17 +434,17 @@ def markdown(table):
         if any(cells):
             columns.append([shown(title), "---", *(shown(cell, table.intervals) for cell in cells)])
     lines = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
-    parts = [f"### {table.title}", "\n".join(lines)]
+    text = f"### {table.title}\n\n" + "\n".join(lines) + "\n"
     if table.note:
-        parts.append(table.note)
-    return "\n\n".join(parts) + "\n"
+        text += f"\n{table.note}\n"
+    return text
 
 
 def filled_in(text, tables, runs=()):
     """A page with every place filled: <!-- table NAME -->, <!-- number RUN/METRIC -->, <!-- minutes RUN -->, each up to
     <!-- end --> -> str"""
     def fill(place):
-        kind, name = place[1], place[2]
+        kind, name = place.groups()
         if kind == "table":
             content = "\n" + markdown(tables[name])
         elif kind == "number":
@@ -476,10 +474,9 @@ def draw_reliability(record, path):
 
 def check_commits(runs):
     """Raises UsageError if runs are of several commits, or of a tree with changes."""
-    commits = sorted({run["commit"] for run in runs.values()})
-    if len(commits) != 1 or not re.fullmatch("[0-9a-f]{40}", commits[0]):
-        raise UsageError(f"the runs are of '{', '.join(commits)}' (+: with changes): make all anew on one commit "
-                         "without changes")
+    commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
+    if not re.fullmatch("[0-9a-f]{40}", commits):  # several do not match either
+        raise UsageError(f"the runs are of '{commits}' (+: with changes): make all anew on one commit without changes")
 
 
 def check():
@@ -525,13 +522,13 @@ def write_results(folder):
 def demo_row(label, learnt_from, result, metric="mAP"):
     """Prints a row for a run: one of its baselines, or the method with its F1s"""
     numbers = read_run(result)["numbers"]
-    line = f"{label:<28}{learnt_from:<28}{numbers[metric][0]:8.2f}"
+    average, std = numbers[metric]
+    line = f"{label:<28}{learnt_from:<28}{average:8.2f}"
     if metric == "mAP":
-        _, std = numbers["mAP"]
-        deviation = " " * 6
+        deviation = ""
         if std is not None:
             deviation = f" ±{std:4.2f}"
-        line += f"{deviation}{numbers['CF1'][0]:8.1f}{numbers['OF1'][0]:8.1f}"
+        line += f"{deviation:6}{numbers['CF1'][0]:8.1f}{numbers['OF1'][0]:8.1f}"
     print(line)
 
 
