@@ -67,7 +67,8 @@ def train(options):
     data.write_atomically(probe, "")  # an output that cannot be written is known now, not at the end
     probe.unlink()
     torch.manual_seed(options.seed)
-    tokenizer = open_clip.SimpleTokenizer(context_length=scenes.CLIP_CONFIG["text_cfg"]["context_length"])
+    text_config = scenes.CLIP_CONFIG["text_cfg"]
+    tokenizer = open_clip.SimpleTokenizer(context_length=text_config["context_length"])
     descriptions = data.descriptions_of("scenes", scenes.NAMES)
     preprocess = open_clip.image_transform(64, is_train=False, resize_mode="shortest", interpolation="bicubic")
     images, layouts = draw_all(pictures, preprocess)
@@ -76,11 +77,11 @@ def train(options):
     rng = np.random.default_rng([scenes.SPLITS["clip"], pictures])
     captions = [scenes.person_caption(rng, *layouts[number % pictures]) for number in range(40000)]
     token_ids = reachable_tokens(tokenizer, captions, descriptions)
-    row_of_token = torch.zeros(scenes.CLIP_CONFIG["text_cfg"]["vocab_size"], dtype=torch.long)
+    row_of_token = torch.zeros(text_config["vocab_size"], dtype=torch.long)
     row_of_token[token_ids] = torch.arange(len(token_ids))
 
-    text_config = {**scenes.CLIP_CONFIG["text_cfg"], "vocab_size": len(token_ids)}
-    model = open_clip.model.CLIP(**{**scenes.CLIP_CONFIG, "text_cfg": text_config})
+    smaller = {**text_config, "vocab_size": len(token_ids)}
+    model = open_clip.model.CLIP(**{**scenes.CLIP_CONFIG, "text_cfg": smaller})
     loss_of = open_clip.ClipLoss()
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
