@@ -19,7 +19,7 @@ SPLITS = 200
 WHOLE = 0
 DRAWN = slice(1, 1 + DRAWS)
 THIRD = slice(1 + DRAWS, 1 + DRAWS + SPLITS)
-REST = slice(1 + DRAWS + SPLITS, None)
+REST = slice(THIRD.stop, None)
 
 
 def photo_weights(count):
@@ -67,15 +67,13 @@ def sampled(path, config):
     weights = photo_weights(len(truth))
     values = defaultdict(list)
     for name, scores in tensors.items():
-        mAP = weighted_mAP(scores, truth, weights)
-        if not config:
-            values[name].append(mAP)
-            continue
-        if not name.startswith("seed "):
-            values[f"{name}_mAP"].append(mAP)
-            continue
-        values["mAP"].append(mAP)
-        if config.get("loss") in ("bce", "ranking"):
+        metric = name
+        if name.startswith("seed "):
+            metric = "mAP"
+        elif config:
+            metric = f"{name}_mAP"
+        values[metric].append(weighted_mAP(scores, truth, weights))
+        if metric != "mAP" or config.get("loss") in ("bce", "ranking"):
             continue
         scores = torch.from_numpy(scores).double()
         if scores.min() < 0:  # RP's are logits
