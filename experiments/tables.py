@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import textwrap
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,7 +30,7 @@ import intervals
 
 import data
 from data import ASSETS, UsageError
-from run import FIRST_TRIES, exit_codes
+from run import FIRST_TRIES, commit, exit_codes
 
 RECORD = ASSETS / "tables.json"
 PAPERS = ASSETS / "paper_numbers.json"
@@ -185,6 +186,13 @@ def read_values(result):
     return facts_of(result, numbers)
 
 
+def write_values(path, argv, device, began, **results):
+    """Writes what read_values reads, and more results, into baselines.json, curve.json or thresholds.json."""
+    data.write_json(path, {
+        "command": " ".join([f"python experiments/{path.stem}.py", *argv]), "commit": commit(), "device": str(device),
+        "seconds": time.time() - began, **results})
+
+
 READERS = {"metrics.json": read_run, "benchmark.json": read_cost, "localize.json": read_maps,
            "baselines.json": read_values, "thresholds.json": read_values, "curve.json": read_values}
 
@@ -216,8 +224,9 @@ def add_intervals(runs):
     places = {}
     for name, run in runs.items():
         for metric, values in run.pop("sampled", {}).items():
-            if isinstance(run["numbers"].get(metric), list):
-                run["numbers"][metric] += intervals.bounds(values.mean(0))
+            cell = run["numbers"].get(metric)
+            if isinstance(cell, list):
+                cell += intervals.bounds(values.mean(0))
                 places[f"{name}/{metric}"] = values
                 if metric == "mAP":
                     places[name] = values
