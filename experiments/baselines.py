@@ -9,17 +9,17 @@ with it the classifier is then trained on all; no photo takes part. C by the tes
 very photos that it is scored on, so the most that any choice among STRENGTHS could give. Writes D/baselines.json, and
 the scores of logistic regression to D/scores.safetensors.
 """
-import sys
 import time
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import tables  # puts the repository on the path
 import torch
 from safetensors.numpy import save
 from sklearn.neural_network import MLPClassifier
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import adapter_rp as rp
 import data
 import metrics
@@ -40,14 +40,12 @@ def with_copies(texts, labels, count, noise_std, seed):
 def logistic_regression(inputs, texts, labels, seed, strength):
     """A classifier per label on unit embeddings, equal to scikit-learn's LogisticRegression(C=strength) -> scores, C"""
     def best(given, labels, photos, truth):
-        def mAP(strength):
-            return metrics.mean_average_precision(linear_probe(given, labels, photos, strength).numpy(), truth)
-        return max(STRENGTHS, key=mAP)
+        return max(STRENGTHS, key=lambda strength: metrics.mean_average_precision(
+            linear_probe(given, labels, photos, strength).numpy(), truth))
 
     if strength == "by a fifth":
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
-        fifth = order[:len(order) // 5]
-        others = order[len(order) // 5:]
+        fifth, others = order.tensor_split([len(order) // 5])
         strength = best(texts[others], labels[others], texts[fifth], labels[fifth].numpy())
     if strength == "by the test photos":
         strength = best(texts, labels, inputs.image_embeddings, inputs.image_labels)
@@ -80,12 +78,11 @@ def main(argv):
     inputs = rp.load_inputs(config, names) if config.features else rp.embed_inputs(config, device, names)
     texts = inputs.text_embeddings
     labels = inputs.text_labels.clamp_min(0)
-    values = {}
+    values = defaultdict(list)
     chosen = {}
     kept = {"truth": inputs.image_labels.astype(np.int8)}
     for title, fit, setting, count in ROWS:
         name = f"{title}, {count} noisy copies"
-        values[name] = []
         seeds = config.seed
         if fit is logistic_regression:
             seeds = seeds[:1]  # other seeds change little
@@ -97,9 +94,7 @@ def main(argv):
         if fit is logistic_regression:
             kept[name] = scores.astype(np.float32, order="C")
     data.write_atomically(folder / "scores.safetensors", save(kept))
-    data.write_json(folder / "baselines.json", {
-        "command": " ".join(["python experiments/baselines.py", *argv]), "commit": run.commit(), "device": str(device),
-        "seconds": time.time() - began, "values": values, "chosen": chosen})
+    tables.write_values(folder / "baselines.json", argv, device, began, values=values, chosen=chosen)
 
 
 if __name__ == "__main__":
