@@ -8,15 +8,14 @@ training on the others; both are then trained on all of them. The seed draws the
 pictures, percent, and what was chosen, and writes D/curve.json.
 """
 import math
-import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import tables  # puts the repository on the path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import baselines
 import data
 import metrics
@@ -57,10 +56,10 @@ def main(argv):
     def best(mAP, candidates, found, seed):
         """The candidate with the best mAP on a fifth of the photos after training on the others"""
         order = np.random.default_rng(seed).permutation(len(found.photos))
-        count = len(order) // 5
-        fifth = features(found.at(order[:count]))
-        others = features(found.at(order[count:]))
-        return max(candidates, key=lambda candidate: mAP(others, fifth, seed, candidate))
+        fifth, others = np.split(order, [len(order) // 5])
+        tested = features(found.at(fifth))
+        learnt = features(found.at(others))
+        return max(candidates, key=lambda candidate: mAP(learnt, tested, seed, candidate))
 
     values = defaultdict(list)
     tested = features(data.load_photos(config.dataset, config.data_root, "test", config.test_count))
@@ -76,9 +75,8 @@ def main(argv):
                     choice = best(mAP, candidates, found, seed)
                 values[key].append(mAP(features(found), tested, seed, choice))
                 print(f"{key:<44}seed {seed}{values[key][-1]:8.2f}   chosen: {choice}", flush=True)
-    data.write_json(Path(config.output or "runs/curve") / "curve.json", {
-        "command": " ".join(["python experiments/curve.py", *argv]), "commit": run.commit(), "device": str(device),
-        "seconds": time.time() - began, "values": values})
+    path = Path(config.output or "runs/curve") / "curve.json"
+    tables.write_values(path, argv, device, began, values=values)
 
 
 if __name__ == "__main__":
