@@ -5,16 +5,15 @@
 Thresholds are found on photos drawn at random (20 draws a seed) and measured on all test photos; those chosen with
 labels are measured on the photos that were not drawn. Writes thresholds.json and prints macro and micro F1, percent.
 """
-import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import tables  # puts the repository on the path
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import adapter_rp as rp
-import data
 import metrics
 import run
 
@@ -26,7 +25,7 @@ def chosen_with_labels(probabilities, truth):
     """Best on labelled photos: a common threshold, and each label's own [C]; the common one where no photo shows it."""
     one = max(GRID, key=lambda threshold: f1(probabilities, truth, threshold)[1])
     thresholds = np.full(truth.shape[1], one)
-    for column in np.nonzero((truth == 1).any(0))[0]:
+    for column in np.flatnonzero((truth == 1).any(0)):
         p = probabilities[:, [column]]
         y = truth[:, [column]]
         thresholds[column] = max(GRID, key=lambda threshold: metrics.macro_f1(p, y, threshold))
@@ -35,8 +34,8 @@ def chosen_with_labels(probabilities, truth):
 
 def f1(probabilities, truth, threshold):
     """(macro F1, micro F1), percent"""
-    return (metrics.macro_f1(probabilities, truth, threshold),
-            metrics.multilabel_f1(probabilities, truth, threshold)["OF1"])
+    found = run.f1_at(probabilities, truth, threshold)
+    return found["macro F1"], found["OF1"]
 
 
 def compare(scores, probabilities, truth, draw):
@@ -68,26 +67,25 @@ def main(argv):
     folder = Path(config.output or "runs/thresholds")
     names = rp.names_of(config)
     inputs = rp.load_inputs(config, names) if config.features else rp.embed_inputs(config, device, names)
-    values = {}
+    values = defaultdict(list)
     for seed in config.seed:
         adapter = rp.train(config, inputs, seed, device, folder)
-        with torch.no_grad():
-            logits = adapter(inputs.image_embeddings.to(device), inputs.label_embeddings.to(device)).double().cpu()
-        scores = torch.sigmoid(logits)
+        _, logits = rp.evaluate(config, adapter, inputs, device)
+        scores = torch.sigmoid(logits.double())
         probabilities = rp.probabilities_of(config, scores).numpy()
         draw = np.random.default_rng(seed)
-        of_seed = {}
+        of_seed = defaultdict(list)
         for name, pair in compare(scores.numpy(), probabilities, inputs.image_labels, draw):
-            of_seed.setdefault(name, []).append(pair)
+            of_seed[name].append(pair)
         for name, pairs in of_seed.items():
-            values.setdefault(name, []).append(np.mean(pairs, 0).tolist())
-    record = {"command": " ".join(["python experiments/thresholds.py", *argv]), "commit": run.commit(),
-              "device": str(device), "seconds": time.time() - began, "dataset": inputs.encoder, "values": values}
-    data.write_json(folder / "thresholds.json", record)
+            values[name].append(np.mean(pairs, 0).tolist())
+    tables.write_values(folder / "thresholds.json", argv, device, began, dataset=inputs.encoder, values=values)
     print(f"{'thresholds':<52}{'macro F1':>16}{'micro F1':>16}")
     for name, pairs in values.items():
-        cells = ["{:7.1f} ± {:3.1f}".format(*run.spread(column)) for column in zip(*pairs, strict=True)]
-        print(f"{name:<52}{cells[0]:>16}{cells[1]:>16}")
+        line = f"{name:<52}"
+        for column in zip(*pairs, strict=True):
+            line += "{:7.1f} ± {:3.1f}".format(*run.spread(column)).rjust(16)
+        print(line)
 
 
 if __name__ == "__main__":
