@@ -17,28 +17,24 @@ least half is in the square that CLIP sees. Maps are compared at 64 x 64 points,
 - absent: how often a label drawn from those not in the photo peaks as high as the present one; 50 is chance.
 """
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import run
-
-# isort: split
 import platform
 import shlex
+import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import adapter_rp as rp
 import data
 import datasets
-import embed
 import explain
 import metrics
+import run
 import sspa
 from data import UsageError
 
@@ -47,8 +43,6 @@ TOLERANCE = 15 / 224   # of the pointing game, in sides of the square
 SIZES = (32 ** 2, 96 ** 2)  # pixels of the smallest medium box and of the smallest large one
 CHANCE = "chance (share of area)"
 CENTRE = "always the centre"
-ZERO_SHOT = "zero-shot cosine of regions"
-GRADIENT = "gradient x region"
 COLUMNS = ("pointing", "things", "small", "medium", "large", "pixel AP", "absent")  # of the printed table
 ABLATED = ("no_dsf", "fusion", "alignment", "no_gate", "aggregator", "branches", "descriptions")
 
@@ -61,13 +55,12 @@ def maps_of(tagger, class_prompts, x0, X, rows, labels):
     unit_X = F.normalize(X.float(), dim=-1)
     with torch.no_grad():
         prediction = model(x0, X, prompts=tagger.prompts)
-        maps = {ZERO_SHOT: class_prompts @ unit_X.mT, **explain.maps_of(model, prediction, unit_X)}
+        maps = {"zero-shot cosine of regions": class_prompts @ unit_X.mT, **explain.maps_of(model, prediction, unit_X)}
     maps = {name: values[rows, labels] for name, values in maps.items()}
     if model.config.branches != "global":
-        gradients = []
-        for some, of_some in zip(rows.split(64), labels.split(64), strict=True):
-            gradients.append(explain.gradient_map(model, tagger.prompts, x0[some], X[some], of_some))
-        maps[GRADIENT] = torch.cat(gradients)
+        gradients = [explain.gradient_map(model, tagger.prompts, x0[some], X[some], of_some)
+                     for some, of_some in zip(rows.split(64), labels.split(64), strict=True)]
+        maps["gradient x region"] = torch.cat(gradients)
     side = torch.linspace(-1, 1, POINTS)
     centre = -torch.hypot(side, side[:, None]).flatten().expand(len(rows), -1)
     return {CHANCE: 0 * centre, CENTRE: centre, **maps}
@@ -91,10 +84,10 @@ def targets_of(boxes):
 def judged(maps, marks, near):
     """maps: float [K, M], M regions or points of a square row by row; marks, near: [K, P, P] of targets_of
     -> float [K, 2]: hit 0..1 of the pointing game, pixel AP"""
-    count = len(maps)
-    side = round(maps.shape[1] ** 0.5)
-    coarse = torch.as_tensor(maps).float().view(count, 1, side, side)
-    fine = F.interpolate(coarse, (POINTS, POINTS), mode="bilinear").view(count, -1).cpu().numpy()
+    count, regions = maps.shape
+    side = round(regions ** 0.5)
+    coarse = maps.float().view(count, 1, side, side)
+    fine = F.interpolate(coarse, (POINTS, POINTS), mode="bilinear").flatten(1).cpu().numpy()
     highest = fine == fine.max(1, keepdims=True)
     hits = (highest & near.reshape(count, -1)).sum(1) / highest.sum(1)
     ap = metrics.average_precision(fine.T, marks.reshape(count, -1).T)
@@ -102,8 +95,8 @@ def judged(maps, marks, near):
 
 
 def questions(photo, truth, names, row):
-    """A photo's labels to score -> [(label, an absent label, marks, near, pixels of its largest clear box), ...], how
-    many things the crop cuts off. truth: int8 [C]; row seeds the draw of absent labels. UsageError without boxes."""
+    """A photo's labels to score -> [(row, label, an absent label, marks, near, pixels of its largest clear box), ...],
+    how many things the crop cuts off. truth: int8 [C]; row seeds the draw of absent labels. Raises UsageError."""
     places = datasets.boxes_of(photo, names)
     if places is None:
         raise UsageError(f"photo {photo}: no boxes are known; use scenes, voc2007 or coco2014")
@@ -119,22 +112,21 @@ def questions(photo, truth, names, row):
         clear = own & (boxes[:, 5] == 1)
         if clear.any() and len(absent):
             marks, near = targets_of(boxes[own])
-            asked.append((label, draw.choice(absent), marks, near, pixels[clear].max()))
+            asked.append((row, label, draw.choice(absent), marks, near, pixels[clear].max()))
     return asked, int((~kept).sum())
 
 
-def answers(tagger, class_prompts, x0, X, places, asked):
-    """asked: K rows of questions, about the photos in these places of x0 and X -> {map: [K, 3]: hit, pixel AP, whether
-    the absent label peaks as high}"""
-    present, absent, marks, near, _ = (np.array(column) for column in zip(*asked, strict=True))
+def answers(tagger, class_prompts, x0, X, first, asked):
+    """asked: K questions about photos; first: the photos' row that is row 0 of x0 and X -> {map: [K, 3]: hit, pixel AP,
+    whether the absent label peaks as high}"""
+    photos, present, absent, marks, near, _ = (np.array(column) for column in zip(*asked, strict=True))
     count = len(asked)
-    rows = torch.tensor(places + places, device=X.device)
+    rows = torch.from_numpy(np.tile(photos - first, 2)).to(X.device)
     labels = torch.from_numpy(np.concatenate([present, absent])).to(X.device)
     values = {}
     for name, maps in maps_of(tagger, class_prompts, x0, X, rows, labels).items():
         peaks = maps.amax(1).cpu().numpy()
-        difference = peaks[count:] - peaks[:count]
-        as_high = (np.sign(difference) + 1) / 2
+        as_high = np.heaviside(peaks[count:] - peaks[:count], 0.5)
         values[name] = np.column_stack([judged(maps[:count], marks, near), as_high])
     return values
 
@@ -143,30 +135,26 @@ def score(tagger, photos, names):
     """-> {map: float [K, 3] of answers}, labels [K], photos' rows [K], pixels [K], things cut off"""
     config = tagger.config
     clip = tagger.clip
-    class_prompts = embed.embed_texts(clip, [f"a photo of a {name}." for name in names], config.cache)
-    class_prompts = F.normalize(class_prompts, dim=-1).to(clip.device)
+    class_prompts = F.normalize(rp.embed_prompts(clip, names, config.cache), dim=-1).to(clip.device)
     found = defaultdict(list)
     asked = []
-    rows = []
     cut = 0
     batches = torch.arange(len(photos.photos)).split(32)
     for batch, (x0, X, truth) in zip(batches, sspa.batches_of(config, clip, photos, batches), strict=True):
         fresh = []
-        places = []
-        for place, row in enumerate(batch.tolist()):
-            more, lost = questions(photos.photos[row], truth[place].cpu().numpy(), names, row)
+        rows = batch.tolist()
+        for row, marks in zip(rows, truth.cpu().numpy(), strict=True):
+            more, lost = questions(photos.photos[row], marks, names, row)
             fresh += more
-            places += [place] * len(more)
             cut += lost
         if fresh:
-            for name, values in answers(tagger, class_prompts, x0, X, places, fresh).items():
+            for name, values in answers(tagger, class_prompts, x0, X, rows[0], fresh).items():
                 found[name].append(values)
             asked += fresh
-            rows += batch[places].tolist()
     if not asked:
         raise UsageError("no label of these photos has a box that CLIP sees; use more photos or another --dataset")
     found = {name: np.concatenate(values) for name, values in found.items()}
-    labels, *_, pixels = zip(*asked, strict=True)
+    rows, labels, *_, pixels = zip(*asked, strict=True)
     return found, np.array(labels), np.array(rows), np.array(pixels), cut
 
 
@@ -203,10 +191,8 @@ def title_of(config):
     whole = sspa.Config()
     for name in ABLATED:
         value = getattr(config, name)
-        if value is True:
-            title += f" {run.flag_of(name)}"
-        elif value != getattr(whole, name):
-            title += f" {run.flag_of(name)} {value}"
+        if value != getattr(whole, name):
+            title += f" {run.flag_of(name)} {value}".removesuffix(" True")
     return title
 
 
