@@ -10,7 +10,6 @@ the ratio of the others' times to ours, and the peak memory of a call (parameter
 CLIP's weights are random: times do not depend on them.
 """
 import argparse
-import functools
 import itertools
 import json
 import os
@@ -19,20 +18,21 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
+from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from time import perf_counter
 from types import SimpleNamespace
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # keeps the profiler quiet; read when torch is imported
 import numpy as np
-import tables
+import tables  # puts the repository on the path
 import torch
 import torch.nn.functional as F
+from tables import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
 import adapter_rp as rp
 import data
 import embed
@@ -53,19 +53,19 @@ IMPLS = {"plain": "reference", "fused": "fused"}  # name of a side: --impl
 # --- measuring --------------------------------------------------------------------------------------------------------
 def timed(function):
     """Seconds of a call"""
-    began = time.perf_counter()
+    began = perf_counter()
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return perf_counter() - began
 
 
 def interleave(functions, seconds):
     """Calls in the order A B A B ... -> milliseconds of each, median over the rounds that begin within so many seconds,
     after a first round that warms up; with 0 seconds those of the first"""
     rounds = [list(map(timed, functions))]
-    began = time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    began = perf_counter()
+    while perf_counter() - began < seconds:
         rounds.append(list(map(timed, functions)))
     return 1000 * np.median(rounds[1:] or rounds, 0)
 
@@ -80,14 +80,14 @@ def peak_mib(function):
     return held.max(initial=0) / 2 ** 20
 
 
+@dataclass
 class Bench:
     """Measures rows, prints them, keeps them for benchmark.json."""
 
-    def __init__(self, device="cpu"):
-        self.device = device
-        self.backbone = "ViT-B-32"
-        self.seconds = 3
-        self.rows = []
+    device: str = "cpu"
+    backbone: str = "ViT-B-32"
+    seconds: float = 3
+    rows: list = field(default_factory=list)
 
     def sizes(self, sizes, small):
         """The sizes to measure; in a test, which sets seconds to 0, only the small one"""
@@ -112,7 +112,7 @@ class Bench:
         def step(formula):
             output = formula(*inputs)
             torch.autograd.grad(output, needed, output)  # any gradient of the output will do: here the output itself
-        self.compare(table, shape, {side: functools.partial(step, formula) for side, formula in formulas.items()})
+        self.compare(table, shape, {side: partial(step, formula) for side, formula in formulas.items()})
 
     def add(self, table, shape, columns):
         columns = {title: round(float(value), 4) for title, value in columns.items()}
@@ -122,6 +122,11 @@ class Bench:
 
 def learnt(*shape, scale=1.0):
     return (scale * torch.randn(shape)).requires_grad_()
+
+
+def both(step, *inputs, **more):
+    """A step with the plain formulas and one with the fused paths -> {side: step}"""
+    return {side: step(*inputs, impl=impl, **more) for side, impl in IMPLS.items()}
 
 
 def update(loss, optimiser):
@@ -159,12 +164,10 @@ def adapter_step(embeddings, labels, impl):
 def rp_step(bench):
     """RP's training step, 512 texts"""
     for classes in bench.sizes(LABELS, 20):
-        texts = texts_and_labels(classes)
-        sides = {side: adapter_step(*texts, impl) for side, impl in IMPLS.items()}
-        bench.compare("RP step", f"{classes:,} labels", sides)
+        bench.compare("RP step", f"{classes:,} labels", both(adapter_step, *texts_and_labels(classes)))
 
 
-def authors_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
+def authors_loss(logits, targets):
     """The asymmetric loss by the formula of its authors' class AsymmetricLossOptimized, in place where autograd allows
     it. targets: floats, as that class takes them"""
     absent = 1 - targets
@@ -172,7 +175,7 @@ def authors_loss(logits, targets, gamma_pos=0.0, gamma_neg=4.0):
     q = 1 - p
     loss = targets * p.clamp(min=1e-8).log()
     loss += absent * q.clamp(min=1e-8).log()
-    loss *= (1 - p * targets - q * absent) ** (gamma_pos * targets + gamma_neg * absent)
+    loss *= (1 - p * targets - q * absent) ** (0.0 * targets + 4.0 * absent)  # gamma+ 0, gamma- 4
     return -loss.sum() / len(logits)
 
 
@@ -195,11 +198,11 @@ def average_precision(bench):
     for photos, classes in bench.sizes([(4952, 20), (40504, 80)], (99, 3)):
         scores = torch.rand(photos, classes)
         labels = torch.rand(photos, classes) < 0.04
-        sides = {"scikit-learn": functools.partial(average_precision_score, labels.numpy(), scores.numpy())}
+        sides = {"scikit-learn": partial(average_precision_score, labels.numpy(), scores.numpy())}
         if find_spec("torchmetrics"):
             from torchmetrics.functional.classification import multilabel_average_precision
-            sides["torchmetrics"] = functools.partial(multilabel_average_precision, scores, labels.long(), classes)
-        sides["ours"] = functools.partial(metrics.average_precision, scores.numpy(), labels.numpy())
+            sides["torchmetrics"] = partial(multilabel_average_precision, scores, labels.long(), classes)
+        sides["ours"] = partial(metrics.average_precision, scores.numpy(), labels.numpy())
         bench.compare("Average precision", f"{photos:,} photos, {classes} labels", sides, memory=False)
 
 
@@ -233,7 +236,7 @@ def prompt_step(clip, labels):
 
 
 # --- SSPA -------------------------------------------------------------------------------------------------------------
-@functools.cache
+@cache
 def random_clip(backbone):
     return embed.load_clip(backbone, "none")
 
@@ -324,13 +327,13 @@ def sspa_step(bench):
     d = clip.model.text_projection.shape[1]
     given = (torch.randn(8, d), torch.randn(8, 196, d))
     for classes in bench.sizes(LABELS[:3], 20):
-        sides = {side: training_step(clip, classes, lambda: given, impl) for side, impl in IMPLS.items()}
+        sides = both(training_step, clip, classes, lambda: given)
         if classes == 1000:  # the plain formula's prompts would need 37 GiB; at 10,000 ours would need nearly as much
             del sides["plain"]
         bench.compare("SSPA step", f"{classes:,} labels", sides)
     for classes in bench.sizes(LABELS, 20):
         prompts = F.normalize(torch.randn(2, classes, d), dim=-1)
-        sides = {side: training_step(clip, classes, lambda: given, impl, prompts) for side, impl in IMPLS.items()}
+        sides = both(training_step, clip, classes, lambda: given, prompts=prompts)
         bench.compare("SSPA step, prompts given", f"{classes:,} labels", sides)
 
 
@@ -355,7 +358,7 @@ with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=device == "
 def tagging(bench):
     """Whole commands on JPEGs, ViT-B-32, batches of 64. Bare: open_clip's model and transform in a DataLoader, nothing
     kept or written. Measured are a command with one photo, which is mostly start-up, and the rate of all others."""
-    call = functools.partial(subprocess.run, check=True, capture_output=True, cwd=REPOSITORY)
+    call = partial(subprocess.run, check=True, capture_output=True, cwd=REPOSITORY)
     with tempfile.TemporaryDirectory() as folder:
         call([sys.executable, "adapter_rp.py", "--output", folder, "--backbone", "ViT-B-32", "--pretrained", "none",
               "--text-count", "50", "--test-count", "9", "--epochs", "1", "--cache="])
@@ -366,16 +369,13 @@ def tagging(bench):
                 count *= 16
             photo = f"{folder}/photo.jpg"
             scenes.picture("test", 0)[0].resize((width, height)).save(photo, quality=90)
-            photos = [photo] * count
-            commands = ([*bare, photo], bare + photos, [*ours, photo], ours + photos)
-            calls = [functools.partial(call, command) for command in commands]
-            bare_one, bare_all, our_one, our_all = interleave(calls, 30 * bench.seconds) / 1000
-            bare_rate = (count - 1) / (bare_all - bare_one)
-            our_rate = (count - 1) / (our_all - our_one)
+            counts = (1, count)
+            calls = [partial(call, command + [photo] * photos) for command in (bare, ours) for photos in counts]
+            one, all_ = interleave(calls, 30 * bench.seconds).reshape(2, 2).T / 1000  # [bare, ours]
+            rate = (count - 1) / (all_ - one)
             bench.add("Tagging", f"{width:,} x {height:,} pixels", {
-                "bare, photos a second": bare_rate, "ours, photos a second": our_rate,
-                "ours / bare": our_rate / bare_rate, "bare, seconds of one photo": bare_one,
-                "ours, seconds of one photo": our_one})
+                "bare, photos a second": rate[0], "ours, photos a second": rate[1], "ours / bare": rate[1] / rate[0],
+                "bare, seconds of one photo": one[0], "ours, seconds of one photo": one[1]})
 
 
 def synchronisations(step):
@@ -398,12 +398,12 @@ def gpu(bench):
                                                   ("scenes", 64, 2, 2)):
         clip = embed.load_clip(backbone, "none", bench.device, "bf16", resolution)
         images = torch.randn(B, 3, resolution, resolution, device=bench.device)
-        encode = functools.partial(sspa.image_features, clip.model.visual, images)
+        encode = partial(sspa.image_features, clip.model.visual, images)
         with torch.no_grad(), embed.autocast(bench.device, "bf16"):
             given = encode()
         for tower, features_of in {"none": lambda given=given: given, "full": encode}.items():
             shape = f"{B} photos of {resolution} pixels, {C} labels, --tune-image {tower}"
-            sides = {side: training_step(clip, C, features_of, impl, None, tower) for side, impl in IMPLS.items()}
+            sides = both(training_step, clip, C, features_of, tune_image=tower)
             bench.compare("SSPA step", shape, sides)
             bench.add("Synchronisations", shape, {"a fused step": synchronisations(sides["fused"])})
     with embed.autocast(bench.device, "bf16"):
@@ -457,7 +457,7 @@ def processor(device):
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("command", choices=[*TABLES, "docs"])
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument("--output", type=Path, default="runs/benchmark")
     args = parser.parse_args(words)
     path = args.output / "benchmark.json"
     if args.command == "docs":
@@ -472,11 +472,11 @@ def main(words):
                "torch": torch.__version__, "commit": run.commit()}
     if args.command == "all":
         check_commit(machine["commit"])
-    began = time.time()
+    began = perf_counter()
     bench = Bench(device)
     for table in TABLES[args.command]:
         table(bench)
-        machine["minutes"] = round((time.time() - began) / 60, 1)
+        machine["minutes"] = round((perf_counter() - began) / 60, 1)
         data.write_json(path, {"machine": machine, "rows": bench.rows})
     print(f"{path}: {len(bench.rows)} rows, {machine['minutes']} minutes")
 
