@@ -9,20 +9,17 @@ the file's: all-MiniLM-L6-v2, at most 64 tokens, mean (pip install transformers 
 are embedded first, to check that the space is the same. Writes text_quality.json and, with matplotlib, a picture.
 """
 import argparse
-import collections
 import json
 import math
 import subprocess
 import sys
+from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import tables  # puts the repository on the path
 import torch
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
 
 import data
 import embed
@@ -88,9 +85,9 @@ def alike(labels, counts, size, rng):
 
 def train(features, count, noise_std, seed, folder):
     """Runs adapter_rp.py on a features file with these texts -> content of its metrics.json"""
-    command = [sys.executable, REPOSITORY / "adapter_rp.py", "--features", features, "--seed", seed, "--noise-std",
-               noise_std, "--epochs", round(STEPS / math.ceil(count / BATCH)), "--batch-size", BATCH, "--output",
-               folder, "--overwrite", "--cpu", "--quiet", "--no-probe"]
+    command = [sys.executable, tables.REPOSITORY / "adapter_rp.py", "--features", features, "--seed", seed,
+               "--noise-std", noise_std, "--epochs", round(STEPS / math.ceil(count / BATCH)), "--batch-size", BATCH,
+               "--output", folder, "--overwrite", "--cpu", "--quiet", "--no-probe"]
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
     return json.loads((folder / "metrics.json").read_text())
 
@@ -124,13 +121,13 @@ def rows_of(pools, size, seed):
 
 
 def draw(curves, zero_shot, path):
-    """curves: {name: {number of texts: [mean, deviation]}}"""
+    """curves: {name: [[number of texts, mean, deviation], ...]}"""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4), dpi=110)
     axes = figure.subplots()
     for name, points in curves.items():
-        mean, deviation = np.transpose(list(points.values()))
-        axes.errorbar(list(points), mean, deviation, marker="o", markersize=4, capsize=2, label=name)
+        sizes, mean, deviation = np.transpose(points)
+        axes.errorbar(sizes, mean, deviation, marker="o", markersize=4, capsize=2, label=name)
     axes.axhline(zero_shot, color="grey", label="zero-shot")
     axes.set(title="mAP against the number of training texts", xscale="log")
     axes.legend(fontsize=7)
@@ -158,9 +155,9 @@ def main(argv):
              "captions, same label counts": captions}
     sizes = sorted({min(size, most) for size in options.sizes for most in (len(texts), len(captions[0]))})
     table = []
-    curves = collections.defaultdict(dict)
+    curves = defaultdict(list)
     for size in sizes:
-        scores = collections.defaultdict(list)
+        scores = defaultdict(list)
         for seed in options.seed:  # other texts, other noise, another adapter
             for source, rows in rows_of(pools, size, seed).items():
                 folder = options.output / f"{source}, {size} texts, seed {seed}"
@@ -175,7 +172,7 @@ def main(argv):
         for (source, std), values in scores.items():
             mean, spread = run.spread(values)
             table.append({"texts": size, "source": source, "noise_std": std, "mAP": mean, "mAP_std": spread})
-            curves[f"{source}, noise {std}"][size] = [mean, spread]
+            curves[f"{source}, noise {std}"].append([size, mean, spread])
             print(f"{size:>6} {source:<30} noise {std:<5} {mean:.2f} ± {spread:.2f}", flush=True)
     zero_shot = result["zero_shot_mAP"]
     data.write_json(options.output / "text_quality.json", {
