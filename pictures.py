@@ -193,7 +193,7 @@ def explanation(path, title, seen, names, scores, strongest, maps, region_gate=N
 
     y = GAP + 2 * height
     _write_text(sheet, GAP, y, "label")
-    _write_text(sheet, GAP + 112, y, "chance" if label_gate is None else "chance   V-to-S")
+    _write_text(sheet, GAP + 112, y, "prob." if label_gate is None else "prob.     V-to-S")
     for label in np.argsort(-scores, kind="stable")[:10]:
         y += LINE
         numbers = f"{100 * scores[label]:3.0f} %"
