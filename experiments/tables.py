@@ -461,7 +461,7 @@ def filled_in(text, tables, runs=()):
             if not content:
                 raise UsageError(f"a page asks for {name}, which no run has; mend the page")
         else:
-            content = f"{runs[name]['seconds'] / 60:.0f}"
+            content = f"{runs[name]['seconds'] / 60:.1f}"
         return f"<!-- {kind} {name} -->{content}<!-- end -->"
     return re.sub(r"<!-- (table|number|minutes) (.+?) -->.*?<!-- end -->", fill, text, flags=re.S)
 
