@@ -84,19 +84,12 @@ def test_average_precision_equals_sklearn(block, monkeypatch):
 # --- what would be silently wrong -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("scores, labels, message", [
-    ("0 0", "0; 0", "both be"), ("nan 0", "0 0", "1 values that are not finite"), ("inf 0", "0 0", "not finite"),
+    ("0 0", "0; 0", "both be"), ("-inf 0", "0 0", "1 values that are not finite"), ("inf 0", "0 0", "not finite"),
     ("0 0", "2 0", "ignored"), ("0 0", "-2 0", "ignored"), ("0 0", "0.5 0", "ignored")])
 @pytest.mark.parametrize("name", ["average_precision", "multilabel_f1", "attribute_metrics"])
 def test_refuses(name, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         getattr(metrics, name)(table(scores), table(labels))
-
-
-@pytest.mark.parametrize("scores", ["2 0", "-1 0"])
-@pytest.mark.parametrize("name", ["multilabel_f1", "attribute_metrics"])
-def test_thresholds_want_probabilities(name, scores):
-    with pytest.raises(ValueError, match="take the sigmoid of logits"):
-        getattr(metrics, name)(table(scores), table("1 0"))
 
 
 @pytest.mark.parametrize("kind, least", [("uint8", 200), ("int64", 2 ** 60), ("uint64", 2 ** 60)])
@@ -111,7 +104,7 @@ def test_takes_any_numbers(kind, least):
         metrics.multilabel_f1(scores, labels, top_k=6)
 
 
-@pytest.mark.parametrize("odd", ["x", b"x", None, 1j, 2 ** 64, np.datetime64(0, "s")])
+@pytest.mark.parametrize("odd", ["x", b"x", None, 1j, np.datetime64(0, "s")])
 def test_wants_real_numbers(odd):
     for scores, labels in (([[odd]], [[1]]), ([[1]], [[odd]])):
         with pytest.raises(ValueError, match="must be real numbers"):
