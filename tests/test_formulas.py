@@ -2,14 +2,11 @@
 
 Read it with the PDF open: a test is an equation, and its docstring the calculation. log 3 is the logit of 3/4.
 """
-import subprocess
-import sys
 from math import log, sqrt
 
-import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import table
 
 import adapter_rp as rp
 import sspa
@@ -25,7 +22,7 @@ def impl(request):
 
 def matrix(rows):
     """"1 0; 0 1" -> float64 [2, 2]"""
-    return torch.tensor(np.loadtxt(rows.split(";"), ndmin=2))
+    return torch.tensor(table(rows))
 
 
 def equal(found, *expected):
@@ -62,6 +59,15 @@ def test_gradient_of_the_loss(loss):
         logits = (matrix("1 1") * LOG3).requires_grad_()
         loss(logits, TWO_LABELS, 2.0, 1.0, 0.25, focal_gradient).backward()
         equal(logits.grad, *expected)
+
+
+def test_loss_refuses_odd_targets_and_sums_half_precision(loss):
+    logits = torch.full((512, 1000), 3.0)
+    absent = logits < 0
+    for odd in (logits, absent[0]):
+        with pytest.raises(ValueError, match="targets must be integers or bool"):
+            loss(logits, odd)
+    torch.testing.assert_close(loss(logits.half(), absent), loss(logits, absent), rtol=1e-4, atol=0)
 
 
 # --- SSPA -------------------------------------------------------------------------------------------------------------
@@ -142,10 +148,6 @@ def test_learning_rate():
     rates = [sspa.warm_up_then_cosine(step, 100) for step in range(101)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=0.01)
     assert rates[50::50] == pytest.approx([0.5, 0])
-
-
-def test_walk_ends_at_what_forward_gives():
-    subprocess.run([sys.executable, "walk.py"], cwd=REPOSITORY, check=True)
 
 
 # --- RP ---------------------------------------------------------------------------------------------------------------

@@ -4,18 +4,13 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
+from conftest import table
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import normalize
 
 import baselines
 import metrics
-
-
-def table(text):
-    """"1 0; 0 1" -> array [2, 2]"""
-    return np.loadtxt(text.split(";"), ndmin=2)
-
 
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
@@ -131,9 +126,9 @@ def test_memory_is_bounded():
 
 def test_zero_shot_plain_and_centred():
     """Unit embeddings (1, 0), (0, 1) of both sides, minus their mean (1/2, 1/2): (1/2, -1/2), (-1/2, 1/2)."""
-    found = baselines.zero_shot(torch.tensor([[2.0, 0], [0, 3]]), torch.tensor([[5.0, 0], [0, 1]]))
-    assert found["zero_shot"].tolist() == [[1, 0], [0, 1]]
-    torch.testing.assert_close(found["zero_shot_centred"], torch.tensor([[1.0, -1], [-1, 1]]))
+    prompts, images, expected = (torch.tensor(table(text)) for text in ("2 0; 0 3", "5 0; 0 1", "1 -1; -1 1"))
+    found = baselines.zero_shot(prompts, images)
+    torch.testing.assert_close(found, {"zero_shot": torch.eye(2).double(), "zero_shot_centred": expected})
     assert "zero_shot_centred" not in baselines.zero_shot(torch.ones(1, 2), torch.ones(3, 2))  # its own mean
 
 

@@ -4,6 +4,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from conftest import table
 from scipy.optimize import brentq
 
 import adapter_rp as rp
@@ -58,10 +59,10 @@ def test_a_method_states_chances_by_its_own_loss(words, chance):
 def test_measures_by_hand():
     """Of 15 bins one holds 0.1 and 0.13, of which one is present; 0.5 is present, 0.55 and 1 are absent. Ignored labels
     count nowhere. Calibration error: (2 |0.115 - 1/2| + |0.5 - 1| + 0.55 + 1) / 5"""
-    chances = np.array([[0.1, 0.13, 0.5, 0.55, 1.0, 0.4]])
-    labels = np.array([[0, 1, 1, 0, 0, -1]])
+    chances = table("0.1 0.13 0.5 0.55 1 0.4")
+    labels = table("0 1 1 0 0 -1")
     bins = metrics.reliability(chances, labels)
-    assert bins[:, [1, 7, 8, 15]].T.tolist() == [[2, 0.1 + 0.13, 1], [1, 0.5, 1], [1, 0.55, 0], [1, 1, 0]]
+    assert bins[:, [1, 7, 8, 15]] == pytest.approx(table("2 1 1 1; 0.23 0.5 0.55 1; 1 1 0 0"))
     assert bins[0].sum() == 5
     assert metrics.calibration_error(chances, labels) == pytest.approx(20 * (0.77 + 0.5 + 0.55 + 1))
     assert metrics.brier_score(chances, labels) == pytest.approx((0.1 ** 2 + 0.87 ** 2 + 0.5 ** 2 + 0.55 ** 2 + 1) / 5)
@@ -70,9 +71,9 @@ def test_measures_by_hand():
 def test_macro_f1_by_hand():
     """2 TP / (predicted + present), each label with a threshold of its own: 2 / 3; one that is neither predicted nor
     present: 0; one ignored everywhere is left out. Above 0.5 the first label is predicted only where it is absent."""
-    chances = np.array([[0.4, 0.2, 0.9], [0.6, 0.5, 0.9], [0.9, 0.1, 0.9]])
-    labels = np.array([[1, 0, -1], [0, 0, -1], [-1, 0, -1]])
-    assert metrics.macro_f1(chances, labels, np.array([0.2, 0.5, 0.5])) == pytest.approx(100 / 3)
+    chances = table("0.4 0.2 0.9; 0.6 0.5 0.9; 0.9 0.1 0.9")
+    labels = table("1 0 -1; 0 0 -1; -1 0 -1")
+    assert metrics.macro_f1(chances, labels, table("0.2 0.5 0.5")) == pytest.approx(100 / 3)
     assert metrics.macro_f1(chances, labels) == 0
 
 
