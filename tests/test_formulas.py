@@ -12,7 +12,6 @@ import adapter_rp as rp
 import sspa
 
 LOG3 = log(3)
-TWO_LABELS = torch.tensor([[1, 0]])
 
 
 @pytest.fixture(params=["reference", "fused"])
@@ -36,28 +35,25 @@ def loss(request):
 
 # --- both papers: asymmetric loss -------------------------------------------------------------------------------------
 
-def test_loss_of_a_present_and_an_absent_label(loss):
-    """present: -(1 - p)^gamma+ log p;  p = 3/4, gamma+ = 1:  -(1/4) log(3/4)
-    absent: -q^gamma- log(1 - q), q = max(p - clip, 0);  clip = 1/4, q = 1/2, gamma- = 2:  -(1/4) log(1/2)"""
-    logits = matrix("1 1") * LOG3
-    found = loss(logits, TWO_LABELS, gamma_neg=2.0, gamma_pos=1.0, clip=0.25)
-    equal(found, -1 / 4 * log(3 / 4) - 1 / 4 * log(1 / 2))
-
-
 def test_loss_is_summed_over_labels_and_averaged_over_the_batch(loss):
     """Two images, two labels, p = 1/2, gamma- = 0; three are absent, one is ignored:  3 log 2 / 2 images"""
     targets = torch.tensor([[0, 0], [0, -1]])
     equal(loss(matrix("0 0; 0 0"), targets, gamma_neg=0.0), 3 * log(2) / 2)
 
 
-def test_gradient_of_the_loss(loss):
-    """Weights stopped, dp/dz = 3/16: -(1/4)(1/4) and (1/2)^2 (3/16) / (1/2).
+def test_loss_of_a_present_and_an_absent_label(loss):
+    """present: -(1 - p)^gamma+ log p;  p = 3/4, gamma+ = 1:  -(1/4) log(3/4)
+    absent: -q^gamma- log(1 - q), q = max(p - clip, 0);  clip = 1/4, q = 1/2, gamma- = 2:  -(1/4) log(1/2)
+    Gradients, weights stopped, dp/dz = 3/16: -(1/4)(1/4) and (1/2)^2 (3/16) / (1/2).
     Else with d/dz of the weights: (1/4)(3/4 log(3/4) - 1/4) and (1/4)(2 + 4 log 2)(3/16)"""
     stopped = [-1 / 16, 3 / 32]
     full = [(3 / 4 * log(3 / 4) - 1 / 4) / 4, 3 / 64 * (2 + 4 * log(2))]
     for focal_gradient, expected in (("stopped", stopped), ("full", full)):
         logits = (matrix("1 1") * LOG3).requires_grad_()
-        loss(logits, TWO_LABELS, 2.0, 1.0, 0.25, focal_gradient).backward()
+        found = loss(logits, torch.tensor([[1, 0]]), gamma_neg=2.0, gamma_pos=1.0, clip=0.25,
+                     focal_gradient=focal_gradient)
+        equal(found, -1 / 4 * log(3 / 4) - 1 / 4 * log(1 / 2))
+        found.backward()
         equal(logits.grad, *expected)
 
 
