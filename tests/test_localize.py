@@ -126,8 +126,9 @@ def test_maps_are_the_models_own(trained):
 
 def test_the_command_line(trained, command, tmp_path):
     """A folder of models: seeds are averaged, photos of median score and missing files are named."""
-    words = ["--test-count", "40", "--cpu", "--output", "maps", "--checkpoint"]
-    stdout = command("experiments/localize.py", *words, trained[SSPA].folder / "checkpoints", cwd=tmp_path).stdout
+    words = "--test-count 40 --cpu --output maps --checkpoint"
+    models = trained[SSPA].folder / "checkpoints"
+    stdout = command("experiments/localize.py", *words.split(), models, cwd=tmp_path).stdout
     found = data.read_json(tmp_path / "maps/localize.json", "maps")["models"]
     assert [one["seed"] for one in found] == [0, 1]
     assert localize.title_of(sspa.Config(no_gate=True, fusion="sum")) == "SSPA --fusion sum --no-gate"
@@ -138,4 +139,4 @@ def test_the_command_line(trained, command, tmp_path):
     assert found[0]["asked"] == photos.labels.sum()
     assert re.fullmatch(r"\('test', \d+\)", found[0]["examples"]["median"])
     with pytest.raises(data.UsageError, match="no such file"):
-        localize.main([*words, "none"])
+        localize.main(f"{words} none".split())

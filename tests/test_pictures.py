@@ -118,9 +118,8 @@ def test_page_in_a_browser(page):
         document.body.style.width = "360px";
         found.push(getComputedStyle(element("photos")).gridTemplateColumns.split(" ").length);
         document.title = JSON.stringify(found)</script>""")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,800", "--dump-dom",
-             page.as_uri()]
-    dom = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=300).stdout
+    words = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --window-size=500,800 --dump-dom {page.as_uri()}"
+    dom = subprocess.run(words.split(), capture_output=True, encoding="utf-8", timeout=300).stdout
     a = "sun 70 %, </script> 60 % a.jpg"
     b = "sun 90 % b.jpg"
     none = "no tag gone.jpg"
