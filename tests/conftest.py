@@ -13,7 +13,13 @@ import pytest
 import scenes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SHARED = REPOSITORY.parent / "shared" / "data"
+SHARED = REPOSITORY.parent / "shared/data"
+sys.path.append(str(REPOSITORY / "experiments"))  # which some tests import
+
+
+def table(text):
+    """"1 0; 0 1" -> float array [2, 2]"""
+    return np.loadtxt(text.split(";"), ndmin=2)
 
 
 class Bomb:
@@ -44,11 +50,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
-    """command("scenes.py", "draw", folder) -> CompletedProcess of the real script, in a folder elsewhere."""
+    """command("scenes.py", "draw", folder) -> CompletedProcess of the real script, in a folder elsewhere. Its pipes are
+    made as those of a locale that has no letters but ASCII's."""
     def run(script, *words, expect=0, cwd=None):
-        done = subprocess.run([sys.executable, REPOSITORY / script, *map(str, words)], capture_output=True, text=True,
-                              timeout=300, cwd=cwd or tmp_path_factory.mktemp("cwd"),
-                              env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        done = subprocess.run([sys.executable, REPOSITORY / script, *map(str, words)], capture_output=True, timeout=300,
+                              encoding="utf-8", cwd=cwd or tmp_path_factory.mktemp("cwd"),
+                              env={**os.environ, "PYTHONIOENCODING": "ascii"})
         assert done.returncode == expect, f"exit code {done.returncode}, not {expect}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done

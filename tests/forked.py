@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from conftest import REPOSITORY
+from safetensors.torch import load_file
 
 import embed
 import sspa  # noqa: F401 (so that the forkserver has imported it)
 
 embed.import_open_clip()
-REPOSITORY = Path(__file__).resolve().parent.parent
 RP, SSPA = "adapter_rp.py", "sspa.py"
 BOTH = pytest.mark.parametrize("script", [RP, SSPA])
 TINY = {RP: "--text-count 300 --test-count 130 --epochs 2 --seed 0 1",
@@ -105,6 +106,15 @@ def read_lines(path):
 
 def result_of(folder):
     return json.loads((folder / "metrics.json").read_text())
+
+
+def outcome_of(folder):
+    """What a run has computed: its results, every epoch's loss, the model"""
+    result = result_of(folder)
+    found = {name: result[name] for name in ("runs", "zero_shot_mAP", "linear_probe_mAP", "per_class")}
+    found["losses"] = [line["loss"] for line in read_lines(folder / "log.jsonl")]
+    found["tensors"] = {name: tensor.tolist() for name, tensor in load_file(folder / "checkpoint.safetensors").items()}
+    return found
 
 
 def content_of(folder):

@@ -13,8 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from forked import read_lines, result_of
-from safetensors.torch import load_file
+from forked import outcome_of
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import adapter_rp as rp
@@ -91,17 +90,11 @@ load_once = once(embed.load_clip)
 
 @once
 def outcome(script, words):
-    """What a command line computes: learned tensors, every seed's results, the baselines' mAP, the losses."""
+    """forked.outcome_of a command line"""
     load = embed.load_clip if "full" in words else load_once  # training changes a tuned tower
     with tempfile.TemporaryDirectory() as folder, mock.patch("embed.load_clip", load):
-        script.main([*shlex.split(words), "--cpu", "--quiet", "--workers", "0", "--output", folder])
-        record = result_of(Path(folder))
-        log = read_lines(Path(folder, "log.jsonl"))
-        tensors = load_file(Path(folder, "checkpoint.safetensors"))
-    found = {name: record[name] for name in ("runs", "zero_shot_mAP", "linear_probe_mAP", "per_class")}
-    found["losses"] = [line["loss"] for line in log]
-    found["tensors"] = {name: tensor.tolist() for name, tensor in tensors.items()}
-    return found
+        script.main(shlex.split(f"{words} --cpu --quiet --workers 0 --output {folder}"))
+        return outcome_of(Path(folder))
 
 
 # --- fast paths -------------------------------------------------------------------------------------------------------

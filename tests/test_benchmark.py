@@ -1,20 +1,16 @@
 """experiments/benchmark.py on small sizes, one round: that it runs, and what its rows hold."""
 import re
-import sys
 import time
 import warnings
 
+import benchmark
 import pytest
+import tables
 import torch
-from conftest import REPOSITORY
 
 import adapter_rp as rp
 import data
 import sspa
-
-sys.path.append(str(REPOSITORY / "experiments"))
-import benchmark
-import tables
 
 
 def measured(*functions):

@@ -2,20 +2,16 @@
 
 Read it with the PDF open: a test is an equation, and its docstring the calculation. log 3 is the logit of 3/4.
 """
-import subprocess
-import sys
 from math import log, sqrt
 
-import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import table
 
 import adapter_rp as rp
 import sspa
 
 LOG3 = log(3)
-TWO_LABELS = torch.tensor([[1, 0]])
 
 
 @pytest.fixture(params=["reference", "fused"])
@@ -25,7 +21,7 @@ def impl(request):
 
 def matrix(rows):
     """"1 0; 0 1" -> float64 [2, 2]"""
-    return torch.tensor(np.loadtxt(rows.split(";"), ndmin=2))
+    return torch.tensor(table(rows))
 
 
 def equal(found, *expected):
@@ -39,29 +35,35 @@ def loss(request):
 
 # --- both papers: asymmetric loss -------------------------------------------------------------------------------------
 
-def test_loss_of_a_present_and_an_absent_label(loss):
-    """present: -(1 - p)^gamma+ log p;  p = 3/4, gamma+ = 1:  -(1/4) log(3/4)
-    absent: -q^gamma- log(1 - q), q = max(p - clip, 0);  clip = 1/4, q = 1/2, gamma- = 2:  -(1/4) log(1/2)"""
-    logits = matrix("1 1") * LOG3
-    found = loss(logits, TWO_LABELS, gamma_neg=2.0, gamma_pos=1.0, clip=0.25)
-    equal(found, -1 / 4 * log(3 / 4) - 1 / 4 * log(1 / 2))
-
-
 def test_loss_is_summed_over_labels_and_averaged_over_the_batch(loss):
     """Two images, two labels, p = 1/2, gamma- = 0; three are absent, one is ignored:  3 log 2 / 2 images"""
     targets = torch.tensor([[0, 0], [0, -1]])
     equal(loss(matrix("0 0; 0 0"), targets, gamma_neg=0.0), 3 * log(2) / 2)
 
 
-def test_gradient_of_the_loss(loss):
-    """Weights stopped, dp/dz = 3/16: -(1/4)(1/4) and (1/2)^2 (3/16) / (1/2).
+def test_loss_of_a_present_and_an_absent_label(loss):
+    """present: -(1 - p)^gamma+ log p;  p = 3/4, gamma+ = 1:  -(1/4) log(3/4)
+    absent: -q^gamma- log(1 - q), q = max(p - clip, 0);  clip = 1/4, q = 1/2, gamma- = 2:  -(1/4) log(1/2)
+    Gradients, weights stopped, dp/dz = 3/16: -(1/4)(1/4) and (1/2)^2 (3/16) / (1/2).
     Else with d/dz of the weights: (1/4)(3/4 log(3/4) - 1/4) and (1/4)(2 + 4 log 2)(3/16)"""
     stopped = [-1 / 16, 3 / 32]
     full = [(3 / 4 * log(3 / 4) - 1 / 4) / 4, 3 / 64 * (2 + 4 * log(2))]
     for focal_gradient, expected in (("stopped", stopped), ("full", full)):
         logits = (matrix("1 1") * LOG3).requires_grad_()
-        loss(logits, TWO_LABELS, 2.0, 1.0, 0.25, focal_gradient).backward()
+        found = loss(logits, torch.tensor([[1, 0]]), gamma_neg=2.0, gamma_pos=1.0, clip=0.25,
+                     focal_gradient=focal_gradient)
+        equal(found, -1 / 4 * log(3 / 4) - 1 / 4 * log(1 / 2))
+        found.backward()
         equal(logits.grad, *expected)
+
+
+def test_loss_refuses_odd_targets_and_sums_half_precision(loss):
+    logits = torch.full((512, 1000), 3.0)
+    absent = logits < 0
+    for odd in (logits, absent[0]):
+        with pytest.raises(ValueError, match="targets must be integers or bool"):
+            loss(logits, odd)
+    torch.testing.assert_close(loss(logits.half(), absent), loss(logits, absent), rtol=1e-4, atol=0)
 
 
 # --- SSPA -------------------------------------------------------------------------------------------------------------
@@ -142,10 +144,6 @@ def test_learning_rate():
     rates = [sspa.warm_up_then_cosine(step, 100) for step in range(101)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=0.01)
     assert rates[50::50] == pytest.approx([0.5, 0])
-
-
-def test_walk_ends_at_what_forward_gives():
-    subprocess.run([sys.executable, "walk.py"], cwd=REPOSITORY, check=True)
 
 
 # --- RP ---------------------------------------------------------------------------------------------------------------

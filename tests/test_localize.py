@@ -1,12 +1,13 @@
 """Boxes, and experiments/localize.py: planted maps, the formulas of its maps, its command line."""
 import re
-import sys
 
+import localize
 import numpy as np
 import pytest
+import tables
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY
+from conftest import REPOSITORY, table
 from forked import SSPA
 from PIL import Image
 
@@ -17,23 +18,12 @@ import scenes
 import sspa
 import tag
 
-sys.path.append(str(REPOSITORY / "experiments"))
-import localize
-import tables
-
 
 # --- boxes ------------------------------------------------------------------------------------------------------------
 def test_boxes_in_the_square_that_clip_sees():
     """A photo of 200 x 100: CLIP sees columns 50 to 150. Boxes inside, cut in half, cut by more. Then 100 x 200."""
-    boxes = np.array([
-        [3, 60, 10, 100, 50, 1],
-        [4, 40, 0, 60, 100, 0],
-        [5, 30, 0, 55, 20, 1.0],
-    ])
-    expected = np.array([
-        [3, 0.1, 0.1, 0.5, 0.5, 1],
-        [4, 0, 0, 0.1, 1, 0],
-    ])
+    boxes = table("3 60 10 100 50 1; 4 40 0 60 100 0; 5 30 0 55 20 1")
+    expected = table("3 0.1 0.1 0.5 0.5 1; 4 0 0 0.1 1 0")
     for order, size in (([0, 1, 2, 3, 4, 5], (200, 100)), ([0, 2, 1, 4, 3, 5], (100, 200))):
         seen, kept = datasets.in_view(boxes[:, order], size)
         assert kept.tolist() == [True, True, False]
@@ -73,9 +63,7 @@ def test_boxes_of_real_photos(shared):
 # --- scores -----------------------------------------------------------------------------------------------------------
 def test_the_rule_by_hand():
     """A clear box [16, 32) x [16, 48) of 64 points and another that is not clear: 4 points of tolerance at 15/224."""
-    clear = [0, 0.25, 0.25, 0.5, 0.75, 1]
-    unclear = [0, 0.4, 0.25, 0.6, 0.3, 0]
-    marks, near = localize.targets_of(np.array([clear, unclear]))
+    marks, near = localize.targets_of(table("0 0.25 0.25 0.5 0.75 1; 0 0.4 0.25 0.6 0.3 0"))
     assert (marks == 1).sum() == 16 * 32
     assert marks[[20, 17, 40], [20, 35, 35]].tolist() == [1, -1, 0]
     assert near[[40, 12], [35, 20]].all()
@@ -101,7 +89,7 @@ def test_the_rule_by_hand():
 
 def test_summary_by_hand():
     """Two things of label 3, one of label 5: hits (1 + 0) / 2 and 0, averaged over labels 25; over things 33."""
-    values = np.array([[1, 0.5, 0], [0, 0.5, 1], [0, 1, 1.0]])
+    values = table("1 0.5 0; 0 0.5 1; 0 1 1")
     labels = np.array([3, 3, 5])
     pixels = np.array([100, 2000, 1e5])
     expected = {"pointing": 25, "pixel AP": 75, "absent": 75, "things": 100 / 3}
@@ -138,8 +126,9 @@ def test_maps_are_the_models_own(trained):
 
 def test_the_command_line(trained, command, tmp_path):
     """A folder of models: seeds are averaged, photos of median score and missing files are named."""
-    words = ["--test-count", "40", "--cpu", "--output", "maps", "--checkpoint"]
-    stdout = command("experiments/localize.py", *words, trained[SSPA].folder / "checkpoints", cwd=tmp_path).stdout
+    words = "--test-count 40 --cpu --output maps --checkpoint"
+    models = trained[SSPA].folder / "checkpoints"
+    stdout = command("experiments/localize.py", *words.split(), models, cwd=tmp_path).stdout
     found = data.read_json(tmp_path / "maps/localize.json", "maps")["models"]
     assert [one["seed"] for one in found] == [0, 1]
     assert localize.title_of(sspa.Config(no_gate=True, fusion="sum")) == "SSPA --fusion sum --no-gate"
@@ -150,4 +139,4 @@ def test_the_command_line(trained, command, tmp_path):
     assert found[0]["asked"] == photos.labels.sum()
     assert re.fullmatch(r"\('test', \d+\)", found[0]["examples"]["median"])
     with pytest.raises(data.UsageError, match="no such file"):
-        localize.main([*words, "none"])
+        localize.main(f"{words} none".split())

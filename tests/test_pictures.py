@@ -7,6 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
+from conftest import table
 from PIL import Image, ImageDraw
 
 import pictures
@@ -46,7 +47,7 @@ def test_explanation(tmp_path):
 
 def contact_sheet(folder, names, tags):
     BLACK.save(folder / "photo.png")
-    scores = np.array([[0.3, 0.9, 0.1]])
+    scores = table("0.3 0.9 0.1")
     return pictures.contact_sheet([folder / "photo.png"], names, scores, [tags], folder / "sheet.png")
 
 
@@ -85,7 +86,7 @@ def test_page_holds_names_that_cannot_be_markup(page):
 
 def test_a_page_holds_the_likeliest_photos_of_each_label(monkeypatch):
     """Of many photos: the likeliest of each label, 4 and 2, and of no label, 0; then, of equal rank, the likelier 3."""
-    probabilities = np.array([[0.1, 0.1], [0.5, 0.3], [0.4, 0.9], [0.8, 0.4], [0.9, 0.2]])
+    probabilities = table("0.1 0.1; 0.5 0.3; 0.4 0.9; 0.8 0.4; 0.9 0.2")
     assert pictures.for_page(probabilities).tolist() == [0, 1, 2, 3, 4]
     monkeypatch.setattr(pictures, "PAGE", 4)
     assert pictures.for_page(probabilities).tolist() == [0, 2, 3, 4]
@@ -117,9 +118,8 @@ def test_page_in_a_browser(page):
         document.body.style.width = "360px";
         found.push(getComputedStyle(element("photos")).gridTemplateColumns.split(" ").length);
         document.title = JSON.stringify(found)</script>""")
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,800", "--dump-dom",
-             page.as_uri()]
-    dom = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=300).stdout
+    words = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --window-size=500,800 --dump-dom {page.as_uri()}"
+    dom = subprocess.run(words.split(), capture_output=True, encoding="utf-8", timeout=300).stdout
     a = "sun 70 %, </script> 60 % a.jpg"
     b = "sun 90 % b.jpg"
     none = "no tag gone.jpg"

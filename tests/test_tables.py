@@ -11,19 +11,19 @@ import sys
 import time
 from pathlib import Path
 
+import intervals
 import numpy as np
 import pytest
+import tables
 from conftest import REPOSITORY
+from forked import read_lines, result_of
 from safetensors.numpy import save_file
 
 import adapter_rp
+import data
 import metrics
 import run
 import sspa
-
-sys.path.append(str(REPOSITORY / "experiments"))
-import intervals
-import tables
 
 
 @pytest.fixture
@@ -45,12 +45,11 @@ def write_run(trained, tmp_path):
     """write_run("rp-scenes", [60.0, 61.0]): a real metrics.json, of one or two seeds with such mAPs and F1s"""
     def write(name, scores, kept=None, **changed):
         script = "sspa.py" if name.startswith("sspa") else "adapter_rp.py"
-        result = json.loads((trained[script].folder / "metrics.json").read_text()) | changed
+        result = result_of(trained[script].folder) | changed
         for one, score in zip(result["runs"], scores, strict=False):
             one |= {"mAP": score, "ap": [score, 10.0], "threshold_0.5": dict.fromkeys(one["threshold_0.5"], score)}
         result["runs"] = result["runs"][:len(scores)]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.json").write_text(json.dumps(result))
+        data.write_json(tmp_path / name / "metrics.json", result)
         if kept:
             save_file(kept, tmp_path / name / "scores.safetensors")
     return write
@@ -148,32 +147,26 @@ def test_a_missing_cell_holds_the_reason(write_run, tmp_path):
 
 @pytest.mark.parametrize("changed", [{"source": " "}, {"value": 0.643}, {"value": True}, {"dataset": "voc"}])
 def test_a_number_without_its_source_is_refused(tmp_path, changed):
-    cell = dict(method="RP", backbone="RN50", dataset="voc2007", metric="mAP", value=64.3, source="S", note="")
-    (tmp_path / "papers.json").write_text(json.dumps([cell, cell | changed]))
+    cell = dict.fromkeys(tables.PUBLISHED, "RP") | {"dataset": "voc2007", "value": 64.3}
+    papers = data.write_json(tmp_path / "papers.json", [cell, cell | changed])
     with pytest.raises(tables.UsageError, match="entry 2 must"):
-        tables.read_papers(tmp_path / "papers.json")
+        tables.read_papers(papers)
 
 
-def planned(run_all):
-    """-> [[script, word, ...], ...] of the list"""
+def test_the_list_can_be_typed_and_the_record_is_of_it(run_all):
+    """The scripts' own parsers take every line; a folder for each. Every recorded run is one of the list; its command
+    names a script and options that are there; the pages say what the record says."""
     settings = {"SEEDS": "0 7", "CLIP": "--backbone RN50", "GPU": "1", "OPTIONS": ""}
-    return [shlex.split(line)[1:] for line in run_all("--plan", **settings).stdout.splitlines()]
-
-
-def test_the_list_can_be_typed(run_all):
-    """The scripts' own parsers take every line; a folder for each."""
-    commands = planned(run_all)
-    assert len({words[-1] for words in commands}) == len(commands) > 100
+    commands = [shlex.split(line)[1:] for line in run_all("--plan", **settings).stdout.splitlines()]
+    folders = {Path(words[-1]).name for words in commands}
+    assert len(folders) == len(commands) > 100
     for script, *words in commands:
         if script in ("adapter_rp.py", "sspa.py"):
             method = adapter_rp if script == "adapter_rp.py" else sspa
             assert run.parse(method.Config, words, "", "").seed == (0, 7)
 
-
-def test_the_record_is_of_one_commit_and_the_pages_say_what_it_says(run_all):
-    """Every run is one of the list; commands name scripts and options that are there."""
     record = json.loads(tables.RECORD.read_text())
-    assert set(record) < {Path(words[-1]).name for words in planned(run_all)}
+    assert set(record) < folders
     tables.main(["--check"])
     commands = [shlex.split(one["command"])[1:] for one in record.values()]
     known = {script: options_of(script) for script in {words[0] for words in commands}}
@@ -233,7 +226,7 @@ def test_a_failing_run_is_named_and_the_list_goes_on(run_all, tmp_path):
 def test_ctrl_c_ends_the_list(run_all, tmp_path):
     """Both runs that are under way end, and no other begins."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
-    process = run_all(start=subprocess.Popen, ONLY="rp-scenes")
+    process = run_all(start=subprocess.Popen, ONLY="rp-scenes", OPTIONS="--epochs 9999")
     logs = [tmp_path / "runs/rp-scenes.log", tmp_path / "runs/rp-scenes--noise-std-0.log"]
     while not all(log.is_file() and log.read_bytes() for log in logs):  # until both have said their first word
         time.sleep(0.1)
@@ -254,8 +247,8 @@ def test_tag(run_all, tmp_path):
     photos = REPOSITORY / "assets/tables"
     options = "--backbone scenes --top-k 1 --epochs 1 --count 60 --quiet --output found"
     assert "photos tagged" in run_all("tag", "words.txt", photos, *options.split()).stdout
-    lines = (tmp_path / "found/tags.jsonl").read_text().splitlines()
-    assert [json.loads(line)["photo"] for line in lines] == [str(photo) for photo in sorted(photos.iterdir())]
+    tagged = [line["photo"] for line in read_lines(tmp_path / "found/tags.jsonl")]
+    assert tagged == [*map(str, sorted(photos.iterdir()))]
 
 
 def test_the_demos_table(write_run, tmp_path, capsys):
