@@ -201,7 +201,7 @@ def test_docs_and_check(write_run, tmp_path, monkeypatch):
     write_run("rp-ucm", [60.0, 61.0], commit="a" * 40, seconds=119)
     tables.main(["--docs", "--runs", str(tmp_path)])
     text = page.read_text()
-    assert "<!-- number rp-ucm/mAP -->60.50 ± 0.71<!-- end --> in <!-- minutes rp-ucm -->2<!-- end -->" in text
+    assert "<!-- number rp-ucm/mAP -->60.50 ± 0.71<!-- end --> in <!-- minutes rp-ucm -->2.0<!-- end -->" in text
     assert "| RP, noise 0.15 | 60.50 ± 0.71 |" in text
     tables.main(["--check"])
     page.write_text(text.replace("60.50", "60.51", 1))
