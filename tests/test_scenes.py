@@ -27,11 +27,6 @@ def test_frozen(make, what, expected):
     assert hashlib.blake2b(make(what), digest_size=8).hexdigest() == expected
 
 
-def test_labels_without_drawing():
-    for index in range(20):
-        assert (scenes.labels_of("test", index) == scenes.picture("test", index)[1]).all()
-
-
 def test_the_tiny_clip_is_neither_hopeless_nor_perfect(cache):
     """Zero-shot; and the mean directions of pictures and texts lie far apart."""
     clip = embed.load_clip()
@@ -47,7 +42,7 @@ def test_checkpoint_knows_its_words(capsys):
     descriptions = data.descriptions_of("scenes", scenes.NAMES)
     texts, _ = scenes.sentences(500, 9)
     embed.embed_texts(embed.load_clip(), texts + list(descriptions.values()))
-    assert capsys.readouterr().err == "" and list(descriptions) == scenes.NAMES
+    assert capsys.readouterr().err == ""
 
 
 def test_training_again(command, tmp_path):
