@@ -18,6 +18,7 @@ from PIL import Image
 
 import embed
 import metrics
+import run
 import scenes
 import tag
 from data import UsageError
@@ -187,6 +188,16 @@ def test_summary(capsys):
     told = capsys.readouterr().out
     assert told.startswith("2 photos tagged; 1 carry none of these labels\n")
     assert re.search(r"\ndog +1 +0.40 +80 +80\ncat +0 +0.05\n", told)
+
+
+def test_a_label_that_no_test_photo_shows(trained, capsys):
+    """test_metrics.py tests that mAP leaves it out and that it counts 0 in CF1; macro F1 is 1 for the other label."""
+    record = result_of(trained[RP].folder)
+    record["per_class"][0]["positives"] = 0
+    run.report(record, "RP", "texts")
+    assert "no test photo shows: sun (left out of mAP, 0 in CF1 and macro F1)\n" in capsys.readouterr().out
+    truth = np.array([[1, 0]])
+    assert metrics.macro_f1(truth, truth, 0.5) == 50
 
 
 def test_explain(start, trained, place, tmp_path):
