@@ -26,6 +26,11 @@ def photos(folder, *names):
         Image.new("RGB", (8, 8)).save(write(folder / name, ""))
 
 
+def refused(message):
+    """`with refused("why"):` around what must raise UsageError"""
+    return pytest.raises(UsageError, match=message)
+
+
 def named(names, row):
     """The labels of a row, "-dog" for an ignored one"""
     return ", ".join({1: name, -1: f"-{name}"}[mark] for name, mark in zip(names, row, strict=True) if mark)
@@ -50,7 +55,7 @@ def test_writing(tmp_path):
     assert json.loads(old) == {"value": None, "more": [None, 1e-300], "path": "p"}
     (tmp_path / f"a/.x.{os.getpid()}.partial").symlink_to("/dev/full")
     for place, reason in ((path, "No space left"), (path / "under", ".*choose another place")):
-        with pytest.raises(UsageError, match=f"^cannot write {place}: {reason}"):
+        with refused(f"^cannot write {place}: {reason}"):
             data.write_atomically(place, "x" * 100)
     assert path.read_text() == old
 
@@ -127,7 +132,7 @@ MISTAKES = {
 def test_mistakes_in_files(tmp_path, name, content):
     """One line that says what is wrong, and where."""
     photos(tmp_path, "a.png", "images/a.jpg")
-    with pytest.raises(UsageError, match=MISTAKES[name][content]) as error:
+    with refused(MISTAKES[name][content]) as error:
         read(write(tmp_path / name, content))
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
@@ -169,7 +174,7 @@ def test_format_characters_make_no_second_label():
     """Except the joiners of some scripts; marks that turn the direction of writing are refused."""
     for letter in map(chr, range(sys.maxunicode + 1)):
         if unicodedata.category(letter) == "Cf" and letter not in "\u200c\u200d":
-            with pytest.raises(UsageError, match="stands twice|not a label name"):
+            with refused("stands twice|not a label name"):
                 data.check_names(["sunset", f"sun{letter}set"], "list")
 
 
@@ -236,7 +241,7 @@ def test_photos_of_a_folder(tmp_path, capsys, monkeypatch):
     assert data.list_photos(tmp_path) == [tmp_path / "b.PNG", tmp_path / "deep/c.jpeg"]
     assert f"2 folders, linked or locked, are left out (first: {tmp_path}/locked)" in capsys.readouterr().err
     assert data.list_photos(notes) == [notes]  # asked for by name
-    with pytest.raises(UsageError, match=f"^photos {notes.parent}: no photo in this folder; photos end in .jpg "):
+    with refused(f"^photos {notes.parent}: no photo in this folder; photos end in .jpg "):
         data.list_photos(notes.parent)
 
 
@@ -274,7 +279,7 @@ def test_missing_photos_are_left_out_before_some_are_drawn(tmp_path, capsys):
 
 
 def test_labels_of_other_values_are_refused():
-    with pytest.raises(UsageError, match="^labels must hold 1 .present., 0 .absent. or -1 .ignored. only$"):
+    with refused("^labels must hold 1 .present., 0 .absent. or -1 .ignored. only$"):
         data.LabelledPhotos(["a.png"], np.array([[0, 2]]), "")
 
 
@@ -306,5 +311,5 @@ def test_features(tmp_path):
     ("image_labels", np.full((3, 2), 2), "image_labels must hold")])
 def test_damaged_features(tmp_path, name, value, reason):
     np.savez(tmp_path / "f.npz", **{**FEATURES, name: value})
-    with pytest.raises(UsageError, match=f"^features file .*/f.npz: .*{reason}"):
+    with refused(f"^features file .*/f.npz: .*{reason}"):
         data.load_features(tmp_path / "f.npz")

@@ -292,8 +292,7 @@ def test_asked_again(fails):
     no more sentences, it does not begin again."""
     BESIDE.write_text('{"settings": {"job": "se')  # a run that was killed at once
     assert grammar(52) == grammar(30) == 0 and OUT.read_text().count("\n") == 52
-    fails(grammar(60, "--seed 1"), "another seed (")
-    fails(grammar(60, "--max-labels 1"), "another max_labels (")
+    fails(grammar(60, "--seed 1 --max-labels 1"), "another seed, max_labels (")
     assert grammar(118) == grammar(118, "--out u.jsonl") == 0
     assert OUT.read_bytes() == OTHER.read_bytes()
     Path("w.txt").write_text("zebra\n")
@@ -338,12 +337,10 @@ def test_mistakes(fails, monkeypatch, row):
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://api.test/v1")
-    Path("wolf").write_text('{"wolf": []}')
-    Path("dog").write_text('{"dog": "hound"}')
-    Path("own.jsonl").write_text("my own")
-    Path("bad.rejected.jsonl").write_text('{"settings": {}}\n{}\n')
-    Path("odd.json").write_text('{"descriptions": 7}')
-    Path("odd.rejected.jsonl").touch()
+    for name, content in {"wolf": '{"wolf": []}', "dog": '{"dog": "hound"}', "own.jsonl": "my own",
+                          "bad.rejected.jsonl": '{"settings": {}}\n{}\n', "odd.json": '{"descriptions": 7}',
+                          "odd.rejected.jsonl": ""}.items():
+        Path(name).write_text(content)
     fails(run(f"{argv} --labels w.txt"), said)
     assert not list(Path().glob("t*")) and Path("own.jsonl").read_text() == "my own"
 

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from forked import BOTH, RP, SSPA, content_of, read_lines, result_of, start_two
 from PIL import Image
+from test_data import refused
 
 import embed
 import metrics
 import run
 import scenes
 import tag
-from data import UsageError
 
 EXIFTOOL = shutil.which("exiftool")
 RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
@@ -101,7 +101,7 @@ def test_good_tags_are_replaced_at_the_end_only(trained, place, tmp_path, monkey
     monkeypatch.setattr(tag, "write_page", mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tagged(checkpoint, place / "photos", "--html", "--top-k", 1)
-    with pytest.raises(UsageError, match="no photo could be read"):
+    with refused("no photo could be read"):
         tagged(checkpoint, place / "photos/torn.jpg")
     assert content_of(tmp_path) == before
 
