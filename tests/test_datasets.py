@@ -400,8 +400,7 @@ def test_folders_that_are_no_labels(tmp_path, there):
 def test_tenth_set(tmp_path, monkeypatch, capsys):
     """What docs/datasets.md says to add is, word for word, all that a set needs."""
     page = data.read_text(REPOSITORY / "docs/datasets.md", "page")
-    code, = re.findall("```python\n(.*?)```", page, re.S)
-    names, = re.findall("```json\n(.*?)```", page, re.S)
+    code, names = re.findall("```(?:python|json)\n(.*?)```", page, re.S)
     monkeypatch.setitem(data.LABEL_WORDS, "shapes", json.loads(names)["shapes"])
     monkeypatch.setitem(datasets.READERS, "shapes", None)
     exec(code, vars(datasets))

@@ -59,9 +59,8 @@ def test_lines(start, trained, place, tmp_path, script):
     start_two(start, *words, "--threshold 0.4 --html --cache", tmp_path / "cache", "--output", tmp_path)
     of_two = read_lines(Path("tags.jsonl"))
     assert min(Image.open("contact_sheet.png").size) > 200
-    start(*words, "--top-k 2 --html --output", tmp_path).end()
-    page = Path("tags.html").read_text()
-    strongest = read_lines(Path("tags.jsonl"))
+    strongest = tagged(*words[1:], "--top-k", 2, "--html")
+    page = Path("tags/tags.html").read_text()
     photos = sorted(map(str, (place / "photos").glob("[!t]*.*g")))
     for photo, line, other, top in zip(photos, map(json.loads, stdout.splitlines()), of_two, strongest, strict=True):
         likely = line["probabilities"]
