@@ -50,12 +50,12 @@ def cells(*values):
 
 OBJECT = """<object><name>{}</name><difficult>{}</difficult>
     <bndbox><xmin>1</xmin><ymin>11</ymin><xmax>100</xmax><ymax>50</ymax></bndbox></object>"""
-THINGS = [("dog", 1), ("dog", 0), ("cat", 1), ("tvmonitor", 0), ("tvmonitor", 1)]  # 1: difficult
 
 
 def voc(*things):
-    return "\n".join(["<a><size><width>200</width><height>100</height></size>",
-                      *[OBJECT.format(*thing) for thing in things], "</a>"])
+    """VOC's XML; things: (label, 1 if difficult else 0)"""
+    objects = "".join(OBJECT.format(*thing) for thing in things)
+    return f"<a><size><width>200</width><height>100</height></size>{objects}</a>"
 
 
 COCO = """{"images": [{"id": 7, "file_name": "7.jpg", "width": 200, "height": 100},
@@ -87,7 +87,7 @@ MLRSNET = list(data.LABEL_WORDS["mlrsnet"])
 TREES = {
     # an object that is not difficult makes its label present, wherever it stands
     "voc2007": ({
-        "VOC2007/Annotations/1.xml": voc(*THINGS),
+        "VOC2007/Annotations/1.xml": voc(("dog", 1), ("dog", 0), ("cat", 1), ("tvmonitor", 0), ("tvmonitor", 1)),
         "VOC2007/Annotations/2.xml": voc(("dog", 0)),
         "VOC2007/ImageSets/Main/trainval.txt": "1\n2\n",
         "VOC2007/ImageSets/Main/test.txt": "2\n",
@@ -290,7 +290,7 @@ def test_check_of_your_own_folder(tmp_path, capsys):
                         "1 photos of the folder without labels .*/spare.png.*\n", "".join(wrong))
 
 
-CATEGORIES = [{"id": 0, "name": "things"}, {"id": 1, "name": "fire_truck"}, {"id": 2, "name": "cat"}]
+CATEGORIES = [{"id": number, "name": name} for number, name in enumerate(["things", "fire_truck", "cat"])]
 
 
 def coco(*images):

@@ -52,6 +52,10 @@ def towers(tmp_path_factory):
     return {path.stem: str(path) for path in folder.glob("*.safetensors")}
 
 
+def small_vit(weights):
+    return embed.load_clip("small-ViT", weights)
+
+
 class MeanColour:
     """An encoder that notes how many images it was given, call by call."""
     def __init__(self):
@@ -105,13 +109,13 @@ def test_key_follows_what_is_computed(towers, monkeypatch, capsys):
     save_file(weights, "small-ViT.openai.safetensors")  # found there
     torch.save(weights, "small-ViT.mean.pt")
     torch.save(weights, "small-ViT.squashed.bin")
-    keys = [embed.load_clip("small-ViT", tag).key for tag in tags]
+    keys = [small_vit(tag).key for tag in tags]
     assert not capsys.readouterr().err
     assert keys[0] == embed.load_clip("small-ViT-quickgelu", towers["small-ViT"]).key
     assert "read with quick_gelu True " in capsys.readouterr().err
-    keys.append(embed.load_clip("small-ViT", towers["small-ViT"]).key)
-    said = capsys.readouterr().err
-    assert re.search("read with quick_gelu False .*-quickgelu.* mean .0.48.* std .0.26.* resize_mode shortest", said)
+    keys.append(small_vit(towers["small-ViT"]).key)
+    assert re.search("read with quick_gelu False .*-quickgelu.* mean .0.48.* std .0.26.* resize_mode shortest",
+                     capsys.readouterr().err)
     assert len(set(keys)) == 4
 
 
@@ -122,7 +126,7 @@ def test_state_dicts_as_people_have_them(towers, prefix):
     state = {prefix + name: tensor for name, tensor in {**more, **load_file(towers["small-ViT"])}.items()}
     for stored in (state, {"epoch": 1, "model_state_dict": state}):
         torch.save(stored, "weights.pt")
-        assert embed.load_clip("small-ViT", "weights.pt").key == embed.load_clip("small-ViT", towers["small-ViT"]).key
+        assert small_vit("weights.pt").key == small_vit(towers["small-ViT"]).key
 
 
 def test_local_dir_and_random_weights(towers, capsys):
@@ -135,11 +139,11 @@ def test_local_dir_and_random_weights(towers, capsys):
     torch.manual_seed(1)
     with refused("open_clip_model.safetensors: no such file"):
         embed.load_clip("local-dir:.")
-    first = embed.load_clip("small-ViT", "none").key
+    first = small_vit("none").key
     assert embed.load_clip("local-dir:.", "none").key == first
     save_file(load_file(towers["small-ViT"]), "open_clip_model.safetensors")
     stored = embed.load_clip("local-dir:.").key
-    assert stored == embed.load_clip("small-ViT", towers["small-ViT"]).key != first
+    assert stored == small_vit(towers["small-ViT"]).key != first
     assert torch.initial_seed() == 1 and capsys.readouterr().err.count("random weights") == 3
 
 
@@ -152,7 +156,7 @@ def test_what_is_no_weights_file(towers):
                           (pickle.dumps(Bomb()), "pickled objects"), (pickle.dumps(Bomb(), 0), "pickled objects")):
         Path("weights.pt").write_bytes(content)
         with refused(f"^--backbone small-ViT, weights weights.pt: this is .*{what}.*; give we"):
-            embed.load_clip("small-ViT", "weights.pt")
+            small_vit("weights.pt")
     assert os.listdir() == ["weights.pt"]
 
 
@@ -164,7 +168,7 @@ def test_what_is_no_weights_file(towers):
 def test_wrong_weights(towers, name, value, message):
     save_file({**load_file(towers["small-ViT"]), name: torch.tensor(value)}, "weights.safetensors")
     with refused(message):
-        embed.load_clip("small-ViT", "weights.safetensors")
+        small_vit("weights.safetensors")
 
 
 def test_weights_that_are_not_on_this_machine(monkeypatch):

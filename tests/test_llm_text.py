@@ -252,13 +252,10 @@ def test_ten_failures(fails, job):
     assert request["max_tokens"] == 7 and request["seed"] < 2 ** 31
 
 
-def test_an_address_without_v1(fails):
+def test_no_v1_no_client_no_key_no_model(monkeypatch, fails):
     for more in ("", "--model tiny"):
         fails(ask(FaultServer(), f"--llm http://host {more}"), "404 page not found; look at the server, "
               "OPENAI_API_KEY, --model and --llm, an address that mostly ends in /v1")
-
-
-def test_no_client_no_key_no_model(monkeypatch, fails):
     fails(ask(FaultServer(models=["one", "two"])), "--model (one, two)")
     monkeypatch.setitem(sys.modules, "openai", None)
     fails(grammar(9, "--llm http://host/v1"), "pip install")

@@ -23,10 +23,6 @@ import run
 import scenes
 import tag
 
-EXIFTOOL = shutil.which("exiftool")
-RDF = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
-
-
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
@@ -125,10 +121,10 @@ def test_table_and_sidecars(trained, place, capsys):
         if sidecar.name == "a.png.xmp":
             assert not sidecar.exists()
             continue
-        items = ElementTree.parse(sidecar).iter(f"{RDF}li")
+        items = ElementTree.parse(sidecar).iter("{http://www.w3.org/1999/02/22-rdf-syntax-ns#}li")
         assert [item.text for item in items] == 3 * line["labels"]
-        if EXIFTOOL:
-            read = subprocess.check_output([EXIFTOOL, "-XMP:Subject", "-XMP:TagsList", "-XMP:HierarchicalSubject",
+        if shutil.which("exiftool"):
+            read = subprocess.check_output(["exiftool", "-XMP:Subject", "-XMP:TagsList", "-XMP:HierarchicalSubject",
                                             "-T", sidecar], encoding="utf-8")
             assert read.strip().split("\t") == 3 * [", ".join(line["labels"])]
 
