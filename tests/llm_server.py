@@ -31,15 +31,17 @@ def answer(request):
 class FaultServer:
     """Takes the network's place: httpx calls it with each request that OpenAI's client sends. Its addresses begin with
     /v1. faults: what happens to the 1st, 2nd, ... chat request: an HTTP code, an error of httpx, a name in WRONG, or
-    None. requests: those that httpx sent. answer: may be replaced; if it returns None, the request is declined.
-    refuses: names of parameters that it refuses. finish_reason: of its answers."""
-    def __init__(self, *faults):
+    None. requests: those that httpx sent. settings replace the following; if answer returns None, the request is
+    declined; refuses: names of parameters that it refuses."""
+    models = ("tiny",)
+    answer = staticmethod(answer)
+    refuses = ()
+    finish_reason = "stop"
+
+    def __init__(self, *faults, **settings):
         self.faults = iter(faults)
-        self.models = ["tiny"]
-        self.answer = answer
-        self.refuses = ()
-        self.finish_reason = "stop"
         self.requests = []
+        vars(self).update(settings)
 
     def __call__(self, request):
         import httpx2  # openai installs it

