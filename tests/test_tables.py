@@ -229,6 +229,7 @@ def test_ctrl_c_ends_the_list(run_all, tmp_path):
     process = run_all(start=subprocess.Popen, ONLY="rp-scenes", OPTIONS="--epochs 9999")
     logs = [tmp_path / "runs/rp-scenes.log", tmp_path / "runs/rp-scenes--noise-std-0.log"]
     while not all(log.is_file() and log.read_bytes() for log in logs):  # until both have said their first word
+        assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
     said, _ = process.communicate(timeout=60)  # until nobody holds its stdout
