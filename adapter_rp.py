@@ -5,7 +5,7 @@ IMAGES: no photo and no manual label is used in training. Random perturbation (f
 every step) helps the adapter across the gap between the two. Shapes: N texts or images, B batch, C labels, D CLIP
 width, H hidden width.
 
-The method, part by part, in the paper's order            where
+The method, part by part                                  where
     frozen CLIP embeddings of texts         [N, D]        embed_inputs; embed.embed_texts
     # RP: random perturbation  t + eps      [B, D]        perturb_reference
     # RP: adapter                     [B, D] -> [B, H]    Adapter.features
@@ -55,9 +55,9 @@ class Config(run.Options):
     features: str = option(None, "ready-made embeddings, one .npz (layout: data.load_features), instead of a "
                            "dataset and CLIP", "data", metavar="FILE")
     texts: str = option(None, 'training texts: .jsonl of {"text": ..., "labels": [...]}, COCO\'s captions .json, or a '
-                        "caption a line; labels of captions by noun matching", "data", metavar="FILE")
-    text_count: int = option(None, "sentences to generate without --texts (default: 8000, or as many as labels)",
-                             "data", type=run.COUNT, metavar="N")
+                        "caption a line; captions are labelled by noun matching", "data", metavar="FILE")
+    text_count: int = option(None, "sentences to generate without --texts (default: 8000, or one a label if that is "
+                             "more)", "data", type=run.COUNT, metavar="N")
     precision: str = option("fp32", "precision of CLIP", "CLIP", choices=("fp32", "bf16"))
     noise_law: str = option("gaussian", "distribution of the noise on the text embeddings [choice D1]",
                             choices=("gaussian", "uniform", "sphere", "none"))
@@ -69,7 +69,7 @@ class Config(run.Options):
     head: str = option("per-label", "per-label: a classifier for each label; label-embedding: the cosine with the "
                        "label's embedding, for new labels too [choice D6]", choices=("per-label", "label-embedding"))
     loss: str = option("asymmetric", "asymmetric [author D7] down-weights easy absent labels; bce: binary "
-                       "cross-entropy; ranking compares labels", choices=("asymmetric", "bce", "ranking"))
+                       "cross-entropy; ranking compares labels [both field]", choices=("asymmetric", "bce", "ranking"))
     gamma_neg: float = option(4.0, "asymmetric loss: larger down-weights easy absent labels more [author D7]",
                               type=run.NOT_NEGATIVE)
     clip: float = option(0.0, "asymmetric loss: an absent label with a score below this costs nothing [author D7]",
@@ -125,7 +125,7 @@ class Adapter(nn.Module):
             self.w2 = self.uniform(out, width, fan_in=width)
             self.register_buffer("b2", torch.zeros(out), persistent=False)
         if head == "label-embedding":
-            self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))
+            self.log_scale = nn.Parameter(torch.tensor(math.log(20.0)))  # choice D6
             self.bias = nn.Parameter(torch.tensor(0.0))
 
     def uniform(self, *shape, fan_in):
@@ -155,18 +155,19 @@ class Adapter(nn.Module):
 
 
 # --- RP: losses -------------------------------------------------------------------------------------------------------
-# Summed over labels, averaged over the batch. Targets: 1 present, 0 absent, -1 ignored.
+# Summed over labels, averaged over the batch [author; choice D7]. Targets: 1 present, 0 absent, -1 ignored.
 def check_targets(targets):
+    """Raises ValueError for targets that are floats, or not of the form [..., B, C]."""
     if targets.ndim < 2 or targets.is_floating_point():
         raise ValueError(f"targets must be integers or bool [..., B, C], not {targets.dtype} {list(targets.shape)}")
 
 
 def asymmetric_loss_reference(logits, targets, gamma_neg=4.0, gamma_pos=0.0, clip=0.0, focal_gradient="full"):
-    """Asymmetric loss. focal_gradient: "full" also differentiates its weights, "stopped" not.  [author; choice D7]
+    """Asymmetric loss. focal_gradient: "full" also differentiates its weights, "stopped" does not.  [author; choice D7]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
-    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool (else ValueError); their values are checked
-    where labels are read (data.check_marks) -> scalar. Finite at z = +-1e4.
+    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool; their values are checked where labels are
+    read (data.check_marks) -> scalar. Finite at z = +-1e4. Raises ValueError for targets that are floats.
     """
     check_targets(targets)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))              # half precision overflows in sums
@@ -232,7 +233,7 @@ def probabilities_of(config, scores):
 
 
 def text_loss(config, adapter, x, targets, label_embeddings):
-    """Loss of perturbed embeddings x [B, D] with targets [B, C], as --loss and --impl say -> scalar"""
+    """Loss of perturbed embeddings x [B, D] with targets [B, C], chosen by --loss and --impl -> scalar"""
     if config.loss == "ranking":
         return ranking_loss(adapter(x, label_embeddings), targets)
     weight, bias = adapter.classifiers(label_embeddings)
@@ -243,10 +244,10 @@ def text_loss(config, adapter, x, targets, label_embeddings):
 # --- labels, texts, photos --------------------------------------------------------------------------------------------
 class Inputs(NamedTuple):
     label_embeddings: torch.Tensor   # [C, D]
-    text_embeddings: torch.Tensor    # [N, D], N = 0 when nothing is trained
+    text_embeddings: torch.Tensor    # [N, D], N = 0 with --checkpoint and without --features
     text_labels: torch.Tensor        # int8 [N, C]
     image_embeddings: torch.Tensor   # [M, D], None without test photos
-    image_labels: np.ndarray         # int8 [M, C]
+    image_labels: np.ndarray         # int8 [M, C], None without test photos
     encoder: str                     # which encoder made the embeddings
     encoder_key: str                 # its identity, kept in the checkpoint
     texts_from: str                  # for the record
@@ -254,7 +255,7 @@ class Inputs(NamedTuple):
 
 
 def names_of(config):
-    """The label names of a run: --labels, or the dataset's own."""
+    """The label names of a run: --labels, or those of --features or of the dataset -> list of str"""
     if config.labels:
         return data.read_labels(config.labels)
     if config.features:
@@ -263,7 +264,8 @@ def names_of(config):
 
 
 def find_photos(config, names):
-    """Test photos of the dataset, if it has all these labels -> data.LabelledPhotos or None. Nothing is decoded yet."""
+    """Test photos of the dataset, if it has all these labels -> data.LabelledPhotos, or None, also for --labels without
+    --dataset. Nothing is decoded yet."""
     own = data.label_names(config.dataset, config.data_root, names)
     asked_for = "dataset" in config.given or not config.labels  # --labels alone is for the user's own photos
     if not asked_for or not set(names) <= set(own):
@@ -281,7 +283,7 @@ def training_texts(config, names):
         rows = data.drawn(len(texts), config.train_count)
         texts = [texts[row] for row in rows]
         labels = labels[rows]
-    else:  # generated; every label comes first in at least one sentence
+    else:  # generated; of template sentences each label begins at least one
         count = config.text_count or max(8000, len(names))
         texts, labels, source = data.default_texts(config.dataset, names, count)
 
@@ -356,7 +358,7 @@ def only_labels(inputs, columns):
     """Inputs for training on these columns of the labels alone, as if there were no others: texts without any of them
     are left out, unless there are fewer than data.FEW labels."""
     text_labels = inputs.text_labels[:, columns]
-    rows = (text_labels != 0).any(1)
+    rows = (text_labels == 1).any(1)
     if len(columns) < data.FEW:
         rows[:] = True
     return inputs._replace(label_embeddings=inputs.label_embeddings[columns], text_labels=text_labels[rows],
@@ -385,7 +387,7 @@ def train(config, inputs, seed, device, folder):
 
     # ============ adapter and optimiser ============
     adapter = Adapter(width, len(label_embeddings), seed, config.adapter, config.head).to(device)
-    if config.head == "label-embedding":  # mean score 0.1 at the start
+    if config.head == "label-embedding":  # choice D6: at the start the mean logit is that of a score of 0.1
         cosine = F.normalize(texts[:1000], dim=-1) @ F.normalize(label_embeddings, dim=-1).T
         adapter.bias.data.fill_(math.log(0.1 / 0.9) - 20 * cosine.mean())
     optimiser = torch.optim.AdamW(adapter.parameters(), lr=config.lr, weight_decay=WEIGHT_DECAY,
@@ -451,7 +453,7 @@ class Tagger:
         """config: the options that the adapter was trained with; for the other arguments see load_adapter"""
         self.config = config
         self.clip = clip
-        self.encoder = f"image {clip.key} {clip.precision}"  # cached are CLIP's embeddings, which all adapters share
+        self.encoder = f"image {clip.key} {clip.precision}"  # the cache holds what all adapters share
         adapter = load_adapter(config, path, stored, metadata, names, clip.name, clip.key)
         self.adapter = adapter.to(clip.device)
         self.label_embeddings = embed_prompts(clip, names, config.cache).to(clip.device)
@@ -513,18 +515,21 @@ def main(argv):
                                                          inputs.image_embeddings)
 
     # ============ the record ============
-    if record:
-        scores |= run.earlier_scores(folder)
-    else:
-        record = run.new_record("rp", config, argv, device, names, trained, scores)
-        record |= {"backbone": inputs.encoder, "policy": inputs.policy, "texts": inputs.texts_from,
-                   "text_count": len(inputs.text_labels)}
-        run.begin(folder, record)
-
-    # ============ train and score ============
     seen = inputs
     if config.unseen:
         seen = only_labels(inputs, [names.index(name) for name in trained])
+    if record:
+        scores |= run.earlier_scores(folder)
+    else:
+        text_count = len(seen.text_labels)
+        if config.checkpoint:
+            text_count = 0  # it was trained before
+        record = run.new_record("rp", config, argv, device, names, trained, scores)
+        record |= {"backbone": inputs.encoder, "policy": inputs.policy, "texts": inputs.texts_from,
+                   "text_count": text_count}
+        run.begin(folder, record)
+
+    # ============ train and score ============
     for seed in config.seed[len(record["runs"]):]:
         if config.checkpoint:
             adapter = load_adapter(config, config.checkpoint, stored, metadata, names, inputs.encoder,
@@ -578,7 +583,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     With p = sigmoid(z), q = max(p - clip, 0), dp/dz = p (1 - p):
         absent:   loss = -q^gamma- log(1-q)        d/dz = q^gamma- (1/(1-q) - gamma- log(1-q) / q) p (1-p)
         present:  loss = -(1-p)^gamma+ log p       d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
-    focal_gradient "stopped": the terms with a factor gamma are left out. Where q = 0 both are 0.
+    focal_gradient "stopped": the terms with a factor gamma are left out. An absent label with q = 0 has neither.
     """
     z = z.view(-1)
     targets = targets.reshape(-1)

@@ -43,8 +43,8 @@ def linear_probe(features, labels, images, strength=PROBE_STRENGTH):
     """Logistic regression for each label, equal to scikit-learn's LogisticRegression(C=strength) on unit features.
 
     features: [N, D] with labels [N, C], -1 left out; images: [M, D] -> logits float64 [M, C]. All labels are fitted at
-    once, by L-BFGS in coordinates u in which no direction is steeper than another: p (1 - p) <= 1/4, so the loss's
-    second derivative is at most penalty + x x^T / 4.
+    once, by L-BFGS in coordinates u in which the curvature is at most 1 in every direction: p (1 - p) <= 1/4, so the
+    loss's second derivative is at most penalty + x^T x / 4.
     """
     x = unit_rows(features)
     penalty = torch.full_like(x[0], 1 / strength)

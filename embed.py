@@ -365,7 +365,7 @@ class Cache:
             with self.connection:
                 return [load(tensors) for values in rows for (tensors,) in self.connection.execute(command, values)]
         except (OSError, sqlite3.OperationalError) as error:  # such as no permission, disk full, locked
-            say_of_process(f"cache {self.path}: going on without ({error})")
+            say_of_process(f"cache {self.path}: continuing without it ({error})")
         except (sqlite3.DatabaseError, SafetensorError) as error:
             self.connection.close()
             self.connection = None

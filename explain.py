@@ -1,8 +1,8 @@
 """Where SSPA saw a photo's strongest labels, one picture per photo: python explain.py CHECKPOINT PHOTOS...
 
 One row per label: its similarity to every region after GDMA, DSF's attention, boxes where they are known; beside them
-the photo as CLIP saw it, the S-to-V gate over it and each label's V-to-S gate, both averaged over channels. The maps
-that experiments/localize.py scores are here, too. B photos, C labels, M regions, d width.
+the photo as CLIP saw it, the S-to-V gate over it and the V-to-S gates of the ten likeliest labels, averaged over
+channels. The maps that experiments/localize.py scores are here, too. B photos, C labels, M regions, d width.
 """
 from pathlib import Path
 
@@ -29,16 +29,16 @@ def maps_of(model, prediction, X):
     X_fn = F.normalize(prediction.region_features, dim=-1)
     maps["similarity after GDMA"] = T_fn @ X_fn.mT
     if model.s_to_v is not None:
-        maps["S-to-V attention"] = model.s_to_v.attention(X, prediction.T_uf).mT
+        maps["S-to-V attention"] = model.s_to_v.attention(X, prediction.T_uf).mT  # each region's sums to 1
     if model.v_to_s is not None:
         maps["V-to-S attention"] = model.v_to_s.attention(prediction.T_uf, X)
     return maps
 
 
 def gradient_map(model, prompts, x0, X, labels):
-    """The regional logit's gradient with respect to each unit region, times the region. labels: [B], one a photo
-    -> [B, M]"""
-    X = F.normalize(X.float(), dim=-1).requires_grad_()  # model.forward normalises X: its slope along a region is zero
+    """The regional logit's gradient with respect to each unit region, times the region. prompts: model.prompts();
+    x0: [B, d]; X: [B, M, d]; labels: [B], one a photo -> [B, M]"""
+    X = F.normalize(X.float(), dim=-1).requires_grad_()  # in model.forward the slope along a region is zero
     T_ca, _ = model.filter(prompts[1], X)
     T_uf = model.fuse(model.knowledge, T_ca, F.normalize(x0, dim=-1))
     T_fn, X_fn, _, _ = model.align(T_uf, X)
@@ -78,6 +78,7 @@ def to_numpy(values):
 
 
 def mean_channel(gate):
+    """[..., d] or None -> numpy [...] or None"""
     if gate is None:
         return None
     return to_numpy(gate).mean(-1)
@@ -95,7 +96,7 @@ def main(argv):
     options = parser.parse_args(argv)
     model, photos = tag.open_model(options)
     if not isinstance(model.tagger, sspa.Tagger):
-        raise UsageError(f"checkpoint {options.checkpoint}: of RP, which has no regions; pass one of sspa.py")
+        raise UsageError(f"checkpoint {options.checkpoint}: an RP model, which has no regions; pass one of sspa.py")
     if model.tagger.config.branches == "global":
         raise UsageError("explain.py draws the regional branch; pass a model trained without --branches global")
     decoded = embed.decoded(model.clip, photos, [[row] for row in range(len(photos))], options.workers)

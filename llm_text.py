@@ -13,11 +13,11 @@ with question and answer examples, for one sentence per label on what it looks l
 [figure]; the keyboard sentence below is the figure's. The words of both prompts and the following are ours [choice]:
 L1  a label set has 1 to --max-labels labels, every size equally often
 L2  its first label is the one with the fewest accepted sentences, where each finished request for a label counts as one
-    more, and one under way as if all its sentences passed: so rare labels get their share, and impossible ones block
-    nothing. The other labels are drawn uniformly
+    more, and a pending one as if all its sentences had passed: so rare labels get their share, and impossible ones
+    block nothing. The other labels are drawn uniformly
 L3  each request asks for --per-request sentences, all for one label set
 L4  --temperature of the model's sampling
-L5  --words: length; --language English: no other script, and at least one English function word
+L5  --words: length; --language English: no other script, and more English function words than foreign ones
 L6  every label asked for is named (synonyms and plurals count), no negation, no half sentence, no word salad (half of
     the words repeated); other labels that are named are recorded too
 L7  a near-duplicate has the same labels as an earlier sentence, and shares four in five of its words
@@ -75,7 +75,7 @@ def sentence_request(asked, count, instruction=None):
 
 
 def description_request(name, instruction=None):
-    """A request for what the thing `name` looks like, as SSPA asks it. -> list of messages"""
+    """A request for what the thing `name` looks like; the words are ours. -> list of messages"""
     return chat(instruction or DESCRIPTION_INSTRUCTION, DESCRIPTION_EXAMPLES, f"Q: {' '.join(name.split())}")
 
 
@@ -451,12 +451,12 @@ def sentences(names, synonyms, options, ask_model=None):
         barren = 0 if kept else barren + 1
         kept = late = 0
     if held < options.count:
-        say(f"nothing new came from the last {barren} requests: stopped (a larger --patience goes on)")
+        say(f"stopped: the last {barren} requests gave nothing new (a larger --patience goes on)")
     return held
 
 
 def descriptions(names, synonyms, options, ask_model, attempts=5):
-    """One checked sentence per label, as SSPA asks for it, written to options.out one by one. A label whose answers all
+    """One checked sentence per label, written to options.out one by one. A label whose answers all
     fail is left out; the next run asks for it with other seeds. -> how many labels are described"""
     check, _ = sentence_checker(names, synonyms, options.words, options.language)
     find = data.noun_finder(names, synonyms)
@@ -543,10 +543,10 @@ def parse(argv=None):
     either("--dataset", choices=["scenes", *data.LABEL_WORDS], help="take this dataset's labels and synonyms")
     option("--synonyms", metavar="FILE", help='{"sofa": ["couch"], "": ["hot dog"]}; "": phrases that name no label')
     option("--out", metavar="FILE", type=Path, help="file to write (texts.jsonl or descriptions.json)")
-    option("--count", type=between(0), help="sentences wanted (8000, or as many as labels); 0: only the report")
+    option("--count", type=between(0), help="sentences wanted (8000, or one a label if that is more); 0: only report")
     option("--seed", type=between(0), default=0, help="seed of label sets, grammar and requests (0)")
-    option("--report", action="store_true", help="afterwards print a report by which to judge the sentences")
-    option("--overwrite", action="store_true", help="begin anew, without the earlier texts")
+    option("--report", action="store_true", help="afterwards print a report for judging the sentences")
+    option("--overwrite", action="store_true", help="start again, without the earlier texts")
     option("--quiet", action="store_true", help="no progress bar")
     option = parser.add_argument_group("language model, with its key in OPENAI_API_KEY").add_argument
     option("--llm", default="template", metavar="URL", help="http://localhost:8080/v1, openai, or template, a grammar")

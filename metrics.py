@@ -2,7 +2,7 @@
 
 N images, C labels. Scores are any real numbers for average precision, 0 to 1 for the F1 family. Labels are 1 present, 0
 absent, -1 ignored (left out of that class only); VOC's own files use other marks (1, -1 absent, 0 difficult): convert
-them first. Fractions in average_precision and brier_score, percent everywhere else.
+them first. Fractions in average_precision, brier_score and thresholds, counts in reliability, percent elsewhere.
 
 >>> import numpy as np, metrics
 >>> scores, labels = np.array([[0.9, 0.2], [0.8, 0.7], [0.1, 0.6]]), np.array([[1, 0], [0, 1], [1, -1]])
@@ -57,7 +57,7 @@ def _predicted(scores, threshold, top_k=None):
 
 
 def _strongest(scores, top_k):
-    """The top_k highest scores of each image, of equal ones the lower label index first -> bool [N, C]"""
+    """The top_k highest scores of each image, ties: the lower label index first -> bool [N, C]"""
     classes = scores.shape[1]
     if not 1 <= top_k <= classes:
         raise ValueError(f"top_k must lie in 1..{classes}, got {top_k}")
@@ -135,11 +135,12 @@ def multilabel_f1(scores, labels, threshold=0.5, top_k=None):
     """Per-class and overall precision, recall and F1, in percent.
 
     scores: [N, C] in 0..1; labels: [N, C] of 1, 0, -1. Predicted: scores > threshold (a number, or [C], one per class),
-    or, if top_k is given, the top_k highest of each image (ties: the lower label index first). Ignored entries count
-    nowhere. Returns dict CP CR CF1 OP OR OF1. CP, CR: means over classes of TP/(TP+FP) and TP/(TP+FN), 0 where
-    undefined, as in RAM's public code; classes ignored everywhere are left out. CF1: harmonic mean of CP and CR, which
-    is not the mean of F1s (macro_f1). OP, OR, OF1: the same of TP, FP and FN summed over classes. Raises ValueError for
-    other shapes or values, or top_k outside 1..C.
+    or, if top_k is given, the top_k highest of each image (ties: the lower label index first). Ignored entries are
+    neither right nor wrong, but take their place among the top_k. Returns dict CP CR CF1 OP OR OF1. CP, CR: means over
+    classes of TP/(TP+FP) and TP/(TP+FN), 0 where undefined, as in RAM's public code; classes ignored everywhere are
+    left out. CF1: harmonic mean of CP and CR, which is not the mean of F1s (macro_f1). OP, OR, OF1: the same of TP, FP
+    and FN summed over classes; OR is nan without any positive. Raises ValueError for other shapes or values, or top_k
+    outside 1..C.
     """
     scores, labels = _checked(scores, labels)
     predicted = _predicted(scores, threshold, top_k)

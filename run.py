@@ -36,7 +36,7 @@ from data import UsageError, say
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's numbers; without it one process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
-PLAIN_SECONDS = 60  # between lines about a training where stderr is no terminal
+PLAIN_SECONDS = 60  # between progress lines where stderr is no terminal
 END_SECONDS = float(os.environ.get("END_SECONDS", 5))  # when one process has ended, torchrun ends the others sooner
 LOST = "another process has ended, or cannot be reached; its own line, or torchrun's, says why"
 FIRST_TRIES = {"zero_shot": "zero-shot (cosine)", "zero_shot_centred": "zero-shot, both sides centred",
@@ -69,8 +69,8 @@ SHARE = number(float, "at least 0 and below 1", at_least=0, below=1)
 
 
 def option(default, text, group="method", **words):
-    """A field that becomes --its-name. group: its heading in --help (running options do not decide a result); words:
-    what argparse.add_argument takes."""
+    """A field that becomes --its-name. group: its heading in --help (of the running options only --checkpoint decides
+    a result); words: what argparse.add_argument takes."""
     return dataclasses.field(default=default, metadata={"help": text, "group": group, "words": words})
 
 
@@ -88,8 +88,8 @@ class Options:
     test_count: int = option(None, "score N test photos, drawn likewise", "data", type=COUNT, metavar="N")
     no_probe: bool = option(False, "no linear probe beside the result", "data")
     backbone: str = option(None, "open_clip's name, or scenes (default: scenes for scenes, else ViT-B-16)", "CLIP")
-    pretrained: str = option(None, "weights: open_clip's tag, a file, or none: random (default: openai)", "CLIP",
-                             metavar="FILE")
+    pretrained: str = option(None, "weights: open_clip's tag, a file, or none: random (default: openai; a backbone "
+                             "local-dir:FOLDER or hf-hub:NAME brings its own)", "CLIP", metavar="FILE")
     resolution: int = option(None, "image side in pixels (default: the backbone's own)", "CLIP", type=COUNT)
     precision: str = option(None, "precision of CLIP; losses are fp32 (default: bf16 on a GPU, else fp32)", "CLIP",
                             choices=("fp32", "bf16"))
@@ -104,13 +104,13 @@ class Options:
                           type=WHOLE, metavar="N")
     cache: str = option("runs/cache", "folder of cached features", "running", metavar="DIR")
     output: str = option(None, "folder of results (default: runs/<method>/<dataset>)", "running", metavar="DIR")
-    overwrite: bool = option(False, "begin anew in a folder that holds a run", "running")
+    overwrite: bool = option(False, "start again in a folder that holds a run", "running")
     save_all: bool = option(False, "save every seed's model in checkpoints/, not only the first one's", "running")
     checkpoint: str = option(None, "score this trained model on the test photos instead of training", "running",
                              metavar="FILE")
     tensorboard: bool = option(False, "also write the values of log.jsonl for TensorBoard", "running")
     quiet: bool = option(False, "no progress bar", "running")
-    given: tuple = ()  # names of the options that stood on the command line
+    given: tuple = ()  # names of the options given on the command line
 
 
 def options_of(kind):
@@ -142,13 +142,13 @@ def parse(kind, argv, description, epilog):
         if isinstance(value, list):
             given[name] = tuple(value)
             if len(set(value)) < len(value):
-                raise UsageError(f"{flag_of(name)} {' '.join(map(str, value))}: a value stands twice; remove one")
+                raise UsageError(f"{flag_of(name)} {' '.join(map(str, value))}: a value is given twice; remove one")
     config = kind(**given, given=tuple(given))
     if config.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("--tensorboard: pip install tensorboard, or leave it out")
     if config.backbone is None:
         if config.dataset == "scenes" and config.pretrained not in (None, "none") and not config.checkpoint:
-            raise UsageError(f"--pretrained {config.pretrained}: of which CLIP? add --backbone NAME, or leave it out")
+            raise UsageError(f"--pretrained {config.pretrained}: for which CLIP? add --backbone NAME, or leave it out")
         config.backbone = "scenes" if config.dataset == "scenes" else "ViT-B-16"
     return config
 
@@ -175,7 +175,8 @@ def without_unseen(config, names):
 
 
 def settings_of(config):
-    """What decides a result: all but the running options, and digests of files and datasets -> dict of JSON values"""
+    """What decides a result: all but the running options (--checkpoint counts), and digests of files and datasets
+    -> dict of JSON values"""
     settings = {"content of the dataset": data.identity(config.dataset, config.data_root)}
     for field in options_of(config):
         value = getattr(config, field.name)
@@ -236,7 +237,7 @@ def open_folder(config, default):
     path = folder / "metrics.json"
     if config.overwrite or not path.is_file():
         return folder, {}
-    with data.reading(path, "result", "delete it, or add --overwrite to begin anew"):
+    with data.reading(path, "result", "delete it, or add --overwrite to start again"):
         record = json.loads(path.read_text("utf-8"))
         then = dict(record["config"])
         finished = record["finished"]
@@ -247,7 +248,7 @@ def open_folder(config, default):
     differ = [f"{name} {then.get(name)}, not {now.get(name)}" for name in then | now if then.get(name) != now.get(name)]
     if differ:
         raise UsageError(f"--output {folder} holds a run with other settings ({'; '.join(differ)}); choose another "
-                         "--output, or add --overwrite to begin anew")
+                         "--output, or add --overwrite to start again")
     if finished:
         say(f"{folder} is finished; --overwrite does it again")
     return folder, record
@@ -267,7 +268,7 @@ def earlier_scores(folder):
     path = folder / "scores.safetensors"
     if not path.is_file():
         return {}
-    with data.reading(path, "scores", "delete it to do without them, or add --overwrite to begin anew"):
+    with data.reading(path, "scores", "delete it to do without them, or add --overwrite to start again"):
         return load_file(path)
 
 
@@ -292,7 +293,7 @@ def end_seed(folder, record, began, scores):
 
 # --- progress of a training -------------------------------------------------------------------------------------------
 class Progress:
-    """A training's log.jsonl and resume.pt, both written after every epoch, and its progress bar."""
+    """A training's log.jsonl, resume.pt after every epoch but the last, and its progress bar."""
 
     def __init__(self, config, folder, title, steps, tensors, optimiser):
         """title: names the run; steps: in an epoch; tensors: {name: tensor} of all that training changes. What an
@@ -337,7 +338,7 @@ class Progress:
             fill(self.tensors, state["tensors"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.log = list(state["log"])
-        say(f"{self.folder}: going on after epoch {len(self.log)}")
+        say(f"{self.folder}: resuming after epoch {len(self.log)}")
 
     def step(self):
         """Call after every step: moves the bar, or, where stderr is no terminal, prints a line a minute."""
@@ -408,7 +409,7 @@ def save_checkpoint(config, folder, seed, tensors, **metadata):
 
 
 def read_checkpoint(path, method=None):
-    """Reads a checkpoint -> (tensors, metadata: dict with method, names, settings, encoder, encoder_key). Raises
+    """Reads a checkpoint -> (tensors, metadata: dict with method, names, settings, encoder, encoder_key, seed). Raises
     UsageError for any other file, and for one of another method."""
     with data.reading(path, "checkpoint", OWN_CHECKPOINT) as path:
         path.open("rb").close()  # says more plainly than safe_open that it is missing, or a folder
@@ -424,8 +425,8 @@ def read_checkpoint(path, method=None):
 
 
 def as_trained(config, metadata):
-    """config with the options of the checkpoint's training: those of the method always, others where the command line
-    does not give them, and of these the data options only without --dataset. -> a new config"""
+    """config with the options of the checkpoint's training: those of the method always (but --impl), others where the
+    command line does not give them, and of these the data options only without --dataset. -> a new config"""
     settings = metadata["settings"]
     changes = {"seed": (metadata["seed"],)}
     for field in options_of(config):
@@ -464,8 +465,8 @@ def check_fits(path, metadata, names, encoder, encoder_key):
 
 # --- results ----------------------------------------------------------------------------------------------------------
 def measure(logits, scores, probabilities, truth):
-    """The metrics of one run -> dict, percent. Tensors [N, C]: logits rank the photos; scores in 0..1 are cut at 0.5,
-    as in the papers; probabilities: what the scores imply, or None. truth: numpy [N, C]. Raises Diverged."""
+    """The metrics of one run -> dict, percent. Tensors [N, C]: logits rank the photos; scores in 0..1 are cut at 0.5
+    [field]; probabilities: what the scores imply, or None. truth: numpy [N, C]. Raises Diverged."""
     logits = logits.numpy()
     scores = scores.numpy()
     if not np.isfinite(logits).all():
@@ -612,8 +613,8 @@ def report(record, row, learnt_from):
 # --- exit codes -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def exit_codes(script):
-    """`with exit_codes(script) as argv:` ends the process with 0 done, 2 user error or missing data, 3 diverged, 130
-    interrupted; one line says why."""
+    """`with exit_codes(script) as argv:` ends the process with 0 done, 2 user error, missing data, full disk or memory,
+    3 diverged, 130 interrupted; one line says why."""
     # the asymmetric loss makes gradients whose squares are below 1e-38, with which a CPU is many times slower
     torch.set_flush_denormal(True)
     data.speak_utf8()
@@ -643,7 +644,7 @@ def exit_codes(script):
     except (MemoryError, RuntimeError) as error:
         out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if out_of_memory:
-            why = "not enough memory; lower --batch-size, --train-count or --resolution"
+            why = "not enough memory; lower --batch-size, --train-count, --resolution or --workers, where it has them"
         elif isinstance(error, dist.DistError) or "third_party/gloo" in str(error):
             why = LOST
         else:

@@ -65,13 +65,13 @@ class Config(run.Options):
                                     type=run.NOT_NEGATIVE)
     no_dsf: bool = option(False, "ablation: the prompts are not filtered by the image")
     fusion: str = option("qsm", "how the prompts are fused: with the image, by a quaternion network (qsm) [figure]; "
-                         "the others are ablations, without the image",
+                         "the others are ablations, without x0",
                          choices=("qsm", "knowledge", "context", "sum", "concat"))
     quaternion_layers: int = option(2, "layers of QSM, the last one included [choice D6]", type=run.COUNT)
     alignment: str = option("both", "GDMA: labels attend to regions (v-to-s), or regions to labels; both [figure]",
                             choices=("both", "v-to-s", "s-to-v", "none"))
     no_gate: bool = option(False, "ablation: GDMA adds its attention output ungated")
-    aggregator: str = option("soft", "a label's score from all regions [paper]; ablations: mean, max",
+    aggregator: str = option("soft", "a label's score from all regions [paper; form: field, D8]; ablations: mean, max",
                              choices=("soft", "mean", "max"))
     temperature: float = option(0.1, "soft aggregator; lower: best regions count more [choice D8]", type=run.POSITIVE)
     branches: str = option("both", "scores from the whole image, from its regions, or both [figure]",
@@ -88,9 +88,9 @@ class Config(run.Options):
     prompt_lr: float = option(1e-3, "learning rate of the context vectors [choice D11]", type=run.POSITIVE)
     image_lr_factor: float = option(0.1, "a tuned image tower learns at this times --lr [author D11]",
                                     type=run.NOT_NEGATIVE)
-    ema: float = option(0.9997, "decay of the moving average of the weights, which is the model [author D11]",
+    ema: float = option(0.9997, "final decay of the moving average of the weights, which is the model [author D11]",
                         type=run.SHARE)
-    epochs: int = option(None, "passes over the training photos (default: 20, or as many as 150 steps take) "
+    epochs: int = option(None, "passes over the training photos (default: 20, or more if 150 steps need it) "
                          "[choice D12, this minimum looked at on test data once]", type=run.COUNT)
     batch_size: int = option(64, "photos a step, over all processes [choice D12]", type=run.COUNT)
 
@@ -128,7 +128,7 @@ def knowledge_texts(clip, names, descriptions):
     """The frozen text encoder's input for each label: "{description} A photo of a {name}."  [figure; order: choice D3]
 
     descriptions: {name: sentence}; a label without one gets the template alone. A text longer than the encoder's
-    context loses the last words of its description, never the template; one line says so. -> list of C str
+    context loses the last words of its description before any of the template; one line says so. -> list of C str
     """
     room = clip.tokenizer.context_length - 2                                     # start and end token
     texts = []
@@ -143,7 +143,7 @@ def knowledge_texts(clip, names, descriptions):
             shortened.append(name)
         texts.append(" ".join(words))
     if shortened:
-        say(f"{len(shortened)} descriptions cut to {clip.tokenizer.context_length} tokens: {', '.join(shortened[:10])}")
+        say(f"{len(shortened)} texts cut to {clip.tokenizer.context_length} tokens: {', '.join(shortened[:10])}")
     return texts
 
 
@@ -151,12 +151,12 @@ def knowledge_texts(clip, names, descriptions):
 def encode_prompts_reference(model, contexts, tokens):
     """Text features of prompts whose words after the start token are learnable vectors, shared by all labels.  [figure]
 
-    model: open_clip's CLIP, its text tower frozen; contexts: [P, L, width]; tokens: int [C, 77] of "X X X X {name}.",
-    whose positions 1..L are replaced -> [P, C, d]. Every label runs through all 77 positions.
+    model: open_clip's CLIP, its text tower frozen; contexts: [P, L, width]; tokens: int [C, T] of "X X X X {name}.",
+    T the text encoder's context length, whose positions 1..L are replaced -> [P, C, d]. Every label runs through all T.
     """
     classes = len(tokens)
     length = contexts.shape[1]
-    words = model.token_embedding(tokens)                                        # [C, 77, width]
+    words = model.token_embedding(tokens)                                        # [C, T, width]
     features = []
     for context in contexts:
         learnt = context.expand(classes, -1, -1)                                 # [C, L, width]
@@ -249,7 +249,7 @@ class QuaternionFusion(nn.Module):
     def __init__(self, d, layers, impl, draw):
         super().__init__()
         if d % 4:
-            raise UsageError(f"--fusion qsm: 4 must divide CLIP's width {d}; choose another --backbone or --fusion")
+            raise UsageError(f"--fusion qsm: CLIP's width {d} is no multiple of 4; take another --backbone or --fusion")
         self.layers = nn.ModuleList()
         for _ in range(layers - 1):
             self.layers.append(QuaternionLinear(d, d, impl, draw))
@@ -273,10 +273,10 @@ class GatedAttention(nn.Module):
         self.attend = gated_attention_fused if impl == "fused" else gated_attention_reference
         self.query = nn.Parameter(torch.eye(d))                                  # choice D5: starts as the identity
         self.key = nn.Parameter(torch.eye(d))
-        self.value = nn.Parameter(torch.zeros(d, d))                             # choice D5: nothing is added at first
+        self.value = nn.Parameter(torch.zeros(d, d))  # choice D5: adds nothing at first; looked at on test data once
         self.log_scale = log_scale(d, attention_scale)
         self.gated = gated
-        if gated:  # half open at the start
+        if gated:  # choice D7: half open at the start
             self.gate_query = uniform(d, d, draw)
             self.gate_attended = uniform(d, d, draw)
             self.gate_bias = nn.Parameter(torch.zeros(d))
@@ -318,8 +318,9 @@ def soft_aggregate_loss_reference(label_features, region_features, temperature, 
 
 
 # --- SSPA: losses -----------------------------------------------------------------------------------------------------
-# Summed over labels, averaged over the batch. Targets: 1 present, 0 absent, -1 ignored.
+# Summed over labels, averaged over the batch [author; choice D10]. Targets: 1 present, 0 absent, -1 ignored.
 def check_targets(targets):
+    """Raises ValueError for targets that are floats, or not of the form [..., B, C]."""
     if targets.ndim < 2 or targets.is_floating_point():
         raise ValueError(f"targets must be integers or bool [..., B, C], not {targets.dtype} {list(targets.shape)}")
 
@@ -328,8 +329,8 @@ def asymmetric_loss_reference(logits, targets, gamma_neg=2.0, gamma_pos=0.0, cli
     """Asymmetric loss. focal_gradient: "full" also differentiates its weights.  [exponents: author; choice D10]
 
     p = sigmoid(z), q = max(p - clip, 0);  present: -(1-p)^gamma+ log p;  absent: -q^gamma- log(1-q).
-    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool (else ValueError); their values are checked
-    where labels are read (data.check_marks) -> scalar. Finite at z = +-1e4.
+    logits: [..., B, C]; targets: same shape, 1, 0 or -1, integers or bool; their values are checked where labels are
+    read (data.check_marks) -> scalar. Finite at z = +-1e4. Raises ValueError for targets that are floats.
     """
     check_targets(targets)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))              # half precision overflows in sums
@@ -369,7 +370,7 @@ def asymmetric_probability(logits, gamma_neg=2.0, gamma_pos=0.0, clip=0.0, focal
 class Labels(NamedTuple):  # all that is derived from the label names
     names: list
     texts: list              # KAP's input for each
-    tokens: torch.Tensor     # [C, 77] of "X ... X {name}."
+    tokens: torch.Tensor     # [C, T] of "X ... X {name}."
     knowledge: torch.Tensor  # T_ka [C, d]
     words: torch.Tensor      # embeddings of "a photo of a" [4, width]
 
@@ -386,7 +387,7 @@ class Prediction(NamedTuple):  # what flows along the figure's arrows; the last 
 
 
 class SSPA(nn.Module):
-    """The learned parts and the CLIP they build on. Only parameters that are trained have requires_grad."""
+    """The learned parts and the CLIP they build on, of which only a tuned image tower has requires_grad."""
 
     def __init__(self, config, clip_model, labels, seed):
         """clip_model: open_clip's CLIP; its image tower is trained with --tune-image full; labels: Labels"""
@@ -399,7 +400,7 @@ class SSPA(nn.Module):
         draw = torch.Generator().manual_seed(seed)
 
         # KAP: the labels' frozen texts
-        self.register_buffer("tokens", None, persistent=False)                   # [C, 77]
+        self.register_buffer("tokens", None, persistent=False)                   # [C, T]
         self.register_buffer("knowledge", None, persistent=False)                # T_ka [C, d]
         self.set_labels(labels)
 
@@ -433,7 +434,7 @@ class SSPA(nn.Module):
         self.eval()  # BatchNorm statistics stay CLIP's  [choice D13]
 
     def set_labels(self, labels):
-        """Replaces the labels by others, of any number: no learned parameter belongs to a label. labels: Labels"""
+        """Replaces the labels by any number of others: no learned parameter belongs to a label. labels: Labels"""
         device = self.clip.logit_scale.device
         self.texts = labels.texts
         self.tokens = labels.tokens.to(device)
@@ -452,7 +453,8 @@ class SSPA(nn.Module):
         return F.normalize(T_ca, dim=-1), attention
 
     def fuse(self, T_ka, T_ca, x0):
-        """QSM, or one of its ablations. T_ka: [C, d]; T_ca: [B, C, d]; x0: [B, d] -> T_uf [B, C, d]"""
+        """QSM, or one of its ablations. T_ka: [C, d]; T_ca: [B, C, d], or [C, d] without DSF; x0: [B, d]
+        -> T_uf [B, C, d]"""
         fusion = self.config.fusion
         if fusion == "qsm":
             T_uf = self.qsm(T_ka, T_ca, x0)
@@ -468,7 +470,7 @@ class SSPA(nn.Module):
 
     def align(self, T_uf, X):
         """GDMA: labels attend to regions (V-to-S), regions to labels (S-to-V), both to features not yet updated.
-        [figure]  -> (T_fn [B, C, d], X_fn [B, M, d], V-to-S gate, S-to-V gate), gates shaped alike or None"""
+        [figure]  -> (T_fn [B, C, d], X_fn [B, M, d], V-to-S gate as T_fn, S-to-V gate as X_fn), gates or None"""
         T_fn, label_gate = T_uf, None
         X_fn, region_gate = X, None
         if self.v_to_s is not None:
@@ -539,7 +541,7 @@ def branch_scores(branches, global_logits, regional_logits):
 
 
 def probabilities_of(config, scores):
-    """Scores of branch_scores, float64 [N, C] -> the probabilities that they imply, ranked alike"""
+    """Scores of branch_scores, float64 [N, C] -> the probabilities that they imply, ranked alike but for new ties"""
     return asymmetric_probability(torch.logit(scores), config.gamma_neg, GAMMA_POS, config.clip, config.focal_gradient)
 
 
@@ -566,7 +568,7 @@ def check_clip(clip):
     elif model.attn_mask is None or model.text_pool_type != "argmax":
         reason = "its text encoder is not causal, or not read at the end token"
     elif not isinstance(model.text_projection, nn.Parameter) or not hasattr(clip.tokenizer, "encode"):
-        reason = "its text encoder has another projection or tokenizer than CLIP's"
+        reason = "its text encoder does not use CLIP's projection or tokenizer"
     elif isinstance(visual, VisionTransformer):
         if visual.pool_type != "tok" or visual.attn_pool is not None:
             reason = "its image tower does not end in a class token, so its patch tokens are no region features"
@@ -616,7 +618,7 @@ def labels_of(config, clip, names, texts=None):
 
 
 def features_are_kept(config, clip, count):
-    """Whether the features of so many photos are computed once and kept: the tower is frozen, and they fit into
+    """Whether the features of `count` photos are computed once and kept: the tower is frozen, and they fit into
     CACHE_LIMIT."""
     if config.tune_image == "full":
         if clip.device.type == "cpu":
@@ -690,7 +692,7 @@ def optimiser_of(config, model):
 
 
 def default_epochs(count, batch_size):
-    """Epochs without --epochs: 20, or with few photos as many as 150 steps take.  [choice D12]"""
+    """Epochs without --epochs: 20, or more if 150 steps need it.  [choice D12]"""
     steps = max(1, count // batch_size)
     return max(20, math.ceil(150 / steps))
 
@@ -704,7 +706,7 @@ def warm_up_then_cosine(step, total_steps):
 def train(config, clip, labels, photos, seed, folder):
     """Trains one model -> SSPA with the averaged weights. Random numbers depend only on the seed, the epoch and the
     photo, so an interrupted training resumes where it was, and several processes (torchrun), each with its share of a
-    batch, learn what a single one would. Raises run.Diverged."""
+    batch, train the same model as one. Raises run.Diverged."""
     # ============ model, optimiser, average of the weights ============
     model = SSPA(config, clip.model, labels, seed).to(clip.device)
     set_biases(config, clip, model, photos)
@@ -933,7 +935,7 @@ def report(record):
 def encode_prompts_fused(model, contexts, tokens):
     """Same as encode_prompts_reference. Because the text encoder is causal, positions after the longest prompt's end
     are not computed, and start token and context are computed once per set; the C labels attend to their keys and
-    values. Tokens per set: 1 + L + C (longest - 1 - L) instead of 77 C."""
+    values. Tokens per set: 1 + L + C (longest - 1 - L) instead of C T."""
     sets = len(contexts)
     classes = len(tokens)
     end = tokens.argmax(-1)                                                      # [C]
@@ -1006,8 +1008,8 @@ def quaternion_linear_fused(components, r_weight, i_weight, j_weight, k_weight, 
 
 def gated_attention_fused(x, context, w):
     """Same as gated_attention_reference. The side with fewer rows is projected (by associativity): with fewer labels
-    than regions, of five d x d products for each region (query or key, value, two gates) only the gate's own is left.
-    """
+    than regions, of the five d x d products for each region (V-to-S: key, value; S-to-V: query, two gates) only the
+    one of the gate with x is left."""
     scale = w.log_scale.exp()
     if x.shape[-2] <= context.shape[-2]:  # few queries: they are projected
         attention = torch.softmax(scale * (x @ w.query @ w.key.mT) @ context.mT, -1)
@@ -1033,7 +1035,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     With p = sigmoid(z), q = max(p - clip, 0), dp/dz = p (1 - p):
         absent:   loss = -q^gamma- log(1-q)        d/dz = q^gamma- (1/(1-q) - gamma- log(1-q) / q) p (1-p)
         present:  loss = -(1-p)^gamma+ log p       d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
-    focal_gradient "stopped": the terms with a factor gamma are left out. Where q = 0 both are 0.
+    focal_gradient "stopped": the terms with a factor gamma are left out. An absent label with q = 0 has neither.
     """
     z = z.view(-1)
     targets = targets.reshape(-1)
@@ -1136,7 +1138,7 @@ def soft_aggregate_fused(label_features, region_features, temperature, scale):
 
 
 class _SoftAggregateLoss(torch.autograd.Function):
-    """Loss and gradients in one pass over blocks of samples, and of labels where there are many: no C x M is kept."""
+    """Loss and gradients in one pass over blocks of samples, and of labels where they are many; no B x C x M is kept"""
 
     @staticmethod
     def forward(ctx, labels, regions, temperature, scale, bias, targets, *exponents):

@@ -8,8 +8,8 @@
 A photo gives a JSON line: {"photo": path, "labels": [tags, likeliest first], "probabilities": {label: 0 to 1}}. A tag
 is a label whose probability is above the label's threshold. Without --threshold, and with enough photos, a label's
 threshold is the one with the highest expected F1, given the probabilities of these photos; thresholds.json holds them.
-Scores are cached a photo a row, so the same command after a kill, with more photos or with other thresholds computes
-only what is new. In Python:
+What was computed of a photo is cached, so the same command after a kill, with more photos or with other
+thresholds computes only what is new. In Python:
 
     model = tag.load("checkpoint.safetensors")
     model.labels                                             # C names
@@ -101,12 +101,12 @@ def parse(argv):
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("photos", nargs="+", metavar="PHOTOS", help="files or folders")
-    add("--labels", metavar="FILE", help="labels to use instead of those it was trained on, one a line, if it can")
+    add("--labels", metavar="FILE", help="other labels than it was trained on, one a line, where the model can")
     add("--threshold", metavar="T", help="a label above this probability is a tag: a number, a JSON file {label: "
         f"number}}, or auto: found for each label from all photos (default: auto for {ENOUGH} or more, else {FIXED})")
     add("--top-k", type=run.COUNT, metavar="K", help="the K likeliest labels are the tags, whatever the thresholds")
     add("--output", default="tags", metavar="DIR", help="folder of results (default: tags)")
-    add("--stdout", action="store_true", help="write the lines to standard output as photos are done, and no files")
+    add("--stdout", action="store_true", help="write the lines to standard output as photos are done; write no files")
     add("--html", action="store_true", help="also write a page to look through the photos")
     add("--csv", action="store_true", help="also write a table: for each photo its tags and each label's probability")
     add("--xmp", action="store_true", help="also write each photo's tags into a sidecar that photo managers read")
@@ -157,7 +157,7 @@ def open_model(options):
     device = run.set_up(options)
     model = load(options.checkpoint, device, labels, options.cache, options.precision)
     if model.clip.name == "scenes":
-        say("CLIP is the scenes toy here, trained on drawn pictures: its tags of photographs mean nothing")
+        say("CLIP is the scenes toy here, trained on drawn pictures: its tags for photographs are meaningless")
     if getattr(model.tagger.config, "head", None) == "label-embedding":
         say("with --head label-embedding probabilities may be far off (docs/probabilities.md); --top-k needs none")
     return model, photos

@@ -1,6 +1,6 @@
 """Read SSPA with the figure beside you: one drawn picture and three labels through every box, with shapes and numbers.
 
-    python walk.py        seconds; nothing is trained: projections start as the identity, prompts as "a photo of a"
+    python walk.py        seconds; nothing is trained: prompts are "a photo of a", GDMA adds nothing, QSM is random
 """
 import torch
 import torch.nn.functional as F

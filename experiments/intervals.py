@@ -92,10 +92,14 @@ def bounds(values):
 
 
 def difference(one, other):
-    """The difference of two [S, W] -> [mean, its standard error over seeds, low, high]"""
+    """The difference of two [S, W] -> [mean, its standard error over seeds, low, high]. With equally many seeds the
+    error is that of the differences seed by seed, for equal seeds share initial weights and orders of training."""
     values = one.mean(0) - other.mean(0)
+    sides = [one, other]
+    if len(one) == len(other):
+        sides = [one - other]
     variance = 0.0
-    for rows in (one, other):
+    for rows in sides:
         if len(rows) > 1:
             variance += rows[:, WHOLE].var(ddof=1) / len(rows)
     return [float(values[WHOLE]), float(variance ** 0.5), *bounds(values)]

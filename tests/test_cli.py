@@ -63,7 +63,7 @@ REFUSED = """
 adapter_rp.py --lr nan | --lr: must be above 0
 adapter_rp.py --lr 0,1 | --lr: invalid float
 adapter_rp.py --data x | s: --data
-adapter_rp.py --seed 1 1 | --seed 1 1: a value stands twice
+adapter_rp.py --seed 1 1 | --seed 1 1: a value is given twice
 adapter_rp.py --seed -1 | --seed: must be at least 0
 adapter_rp.py --dataset imagenet | choose from 'scenes', 'voc2007'
 adapter_rp.py --resolution 65 | multiple of 8
@@ -73,7 +73,7 @@ adapter_rp.py --gpu 0 --cpu | leave one out
 adapter_rp.py --backbone ViT-B-61 | open_clip has no model of this name; try ViT-B-16
 adapter_rp.py --backbone scene | try scenes
 adapter_rp.py --backbone ViT-B-32 --pretrained laion | no such weights of ViT-B-32; try openai
-adapter_rp.py --pretrained laion | of which CLIP? add --backbone NAME
+adapter_rp.py --pretrained laion | for which CLIP? add --backbone NAME
 adapter_rp.py --backbone ViT-S-32-alt --pretrained openai | --pretrained openai: no file, and open_clip
 adapter_rp.py --dataset voc2007 --backbone scenes --data-root {place} | VOCtrainval_06-Nov-2007.tar
 adapter_rp.py --features {place}/features.npz --texts x | leave --texts out
@@ -161,7 +161,7 @@ def test_killed_and_resumed(start, runs, tmp_path):
     assert before["finished"] is False and before["mAP"] == before["runs"][0]["mAP"]
     with open(folder / "log.jsonl", "a") as file:  # a torn line, written after the last save
         file.write('{"run": "seed 1", "epoch": 599, "loss": 7}\n{"run": "seed 1", "ep')
-    assert re.search("going on after epoch [1-9]", start(*runs.words, folder).end()[1])
+    assert re.search("resuming after epoch [1-9]", start(*runs.words, folder).end()[1])
     assert outcome(folder) == outcome(runs.whole)
 
 
@@ -396,7 +396,7 @@ def test_more_processes_than_photos(start, trained, place, tmp_path):
     stderr = first.end()[1]
     assert stderr.count("torn \\udcff.png: cannot be read") == stderr.count("could not be read; they") == 1
     assert len(read_lines(tmp_path / "new/folder/tags.jsonl")) == 1
-    assert "process 2: cache /proc/x/features.sqlite: going on without (" in third.end()[1]
+    assert "process 2: cache /proc/x/features.sqlite: continuing without it (" in third.end()[1]
 
 
 def test_torchrun(place, tmp_path):

@@ -364,7 +364,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(capsys, monkeypatch):
     for _ in range(2):
         assert all(colour.rows(PHOTOS).values())
     assert colour.sizes == [4, 2, 2]
-    assert capsys.readouterr().err.count("going on without") == 1
+    assert capsys.readouterr().err.count("continuing without it") == 1
 
 
 def test_processes_of_torchrun_share_the_photos(monkeypatch):

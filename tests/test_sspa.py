@@ -78,7 +78,7 @@ def test_knowledge_texts(capsys):
     assert texts == ["Boat is a hull. A photo of a boat.", "A photo of a cup."]
     long, = sspa.knowledge_texts(clip, ["boat"], {"boat": "word " * 100})
     assert re.fullmatch(r"(word )+A photo of a boat\.", long) and len(clip.tokenizer.encode(long)) + 2 == 40
-    assert capsys.readouterr().err == "1 descriptions cut to 40 tokens: boat\n"
+    assert capsys.readouterr().err == "1 texts cut to 40 tokens: boat\n"
 
 
 # --- fast paths -------------------------------------------------------------------------------------------------------

@@ -101,6 +101,13 @@ def test_noise_chosen_on_a_third():
     assert json.dumps(intervals.gain_of_chosen({0.1: best, 0.15: best - 2}, 0.15)) == "[2.0, 0.0]"
 
 
+def test_difference():
+    """Equally many seeds are pairs; others, here one, are not: the error of 60, 62, 64 is 2 / sqrt 3."""
+    seeds = np.tile([[60.0], [62], [64]], 1001)
+    assert intervals.difference(seeds, seeds - 1) == [1, 0, 1, 1]
+    assert intervals.difference(seeds, seeds[:1]) == [2, pytest.approx(2 / 3 ** 0.5), 2, 2]
+
+
 def test_intervals_and_claims(write_run, tmp_path):
     """One label; some runs rank well, others in reverse, in every draw. Equal runs are not resolved."""
     truth = (np.arange(40) % 2)[:, None].astype(np.int8)

@@ -202,7 +202,7 @@ def test_explain(start, trained, place, tmp_path):
     sheets = sorted(tmp_path.iterdir())
     assert stdout.splitlines() == list(map(str, sheets)) and len(sheets) == 3 and "torn.jpg: cannot be" in stderr
     assert min(Image.open(sheets[0]).size) > 600
-    assert "of RP, which has no regions" in start("explain.py", trained[RP].checkpoint, *words).end(2)[1]
+    assert "an RP model, which has no regions" in start("explain.py", trained[RP].checkpoint, *words).end(2)[1]
 
 
 def test_ucm_whole(start, shared, tmp_path):
