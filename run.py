@@ -285,10 +285,15 @@ def end_seed(folder, record, began, scores):
             label["ap"], _ = spread([one["ap"][column] for one in runs])
     if folder and RANK == 0:
         if scores:
-            content = {name: tensor.contiguous() for name, tensor in scores.items()}
-            data.write_atomically(folder / "scores.safetensors", to_safetensors(content))
+            write_scores(folder, scores)
         data.write_json(folder / "metrics.json", record)
         (folder / "resume.pt").unlink(missing_ok=True)
+
+
+def write_scores(folder, scores):
+    """Writes scores.safetensors. scores: as in end_seed"""
+    content = {name: tensor.contiguous() for name, tensor in scores.items()}  # as safetensors wants them
+    data.write_atomically(folder / "scores.safetensors", to_safetensors(content))
 
 
 # --- progress of a training -------------------------------------------------------------------------------------------

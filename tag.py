@@ -169,7 +169,8 @@ def thresholds_for(labels, count, options):
     if threshold is None and (count < ENOUGH or options.stdout):
         threshold = FIXED
         if not options.top_k:
-            say(f"labels above a probability of {FIXED} are tags (thresholds are found for {ENOUGH} photos or more)")
+            say(f"labels above a probability of {FIXED} are tags (thresholds are found for {ENOUGH} photos or more, "
+                "without --stdout)")
     if threshold in (None, "auto"):
         return None
     if isinstance(threshold, float):
@@ -303,7 +304,7 @@ def report(labels, probabilities, tags, thresholds):
     for row, some in zip(chosen, tags, strict=True):
         row[some] = True
     without = (~chosen.any(1)).sum()
-    print(f"{len(tags):,} photos tagged; {without:,} carry none of these labels\n")
+    print(f"{len(tags):,} photos; {without:,} carry none of these labels\n")
     print(f"{'label':<32}{'photos':>8}{'threshold':>11}{'precision %':>13}{'F1 %':>7}   (both as expected)")
     for label in np.argsort(-chosen.sum(0), kind="stable"):
         p = probabilities[:, label]

@@ -14,14 +14,11 @@ import warnings
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import tables  # puts the repository on the path
 import torch
-from safetensors.numpy import save
 from sklearn.neural_network import MLPClassifier
 
 import adapter_rp as rp
-import data
 import metrics
 import run
 from baselines import linear_probe  # the repository's baselines.py
@@ -80,7 +77,7 @@ def main(argv):
     labels = inputs.text_labels.clamp_min(0)
     values = defaultdict(list)
     chosen = {}
-    kept = {"truth": inputs.image_labels.astype(np.int8)}
+    kept = {"truth": torch.from_numpy(inputs.image_labels)}
     for title, fit, setting, count in ROWS:
         name = f"{title}, {count} noisy copies"
         seeds = config.seed
@@ -92,8 +89,8 @@ def main(argv):
             values[name].append(metrics.mean_average_precision(scores, inputs.image_labels))
             print(f"{name:<60}{chosen[name]:>5}   seed {seed}{values[name][-1]:8.2f}", flush=True)
         if fit is logistic_regression:
-            kept[name] = scores.astype(np.float32, order="C")
-    data.write_atomically(folder / "scores.safetensors", save(kept))
+            kept[name] = torch.from_numpy(scores).float()
+    run.write_scores(folder, kept)
     tables.write_values(folder / "baselines.json", argv, device, began, values=values, chosen=chosen)
 
 

@@ -481,11 +481,16 @@ def draw_reliability(record, path):
     figure.savefig(path, bbox_inches="tight")
 
 
-def check_commits(runs):
-    """Raises UsageError if runs are of several commits, or of a tree with changes."""
+def check_record(runs):
+    """Raises UsageError if runs are of several commits, or of a tree with changes, or if a number is not within its own
+    interval, whose scores are then of something else."""
     commits = ", ".join(sorted({run["commit"] for run in runs.values()}))
     if not re.fullmatch("[0-9a-f]{40}", commits):  # several do not match either
         raise UsageError(f"the runs are of '{commits}' (+: with changes): make all anew on one commit without changes")
+    for name, run in runs.items():
+        for metric, cell in run["numbers"].items():
+            if isinstance(cell, list) and len(cell) == 4 and not cell[2] <= cell[0] <= cell[3]:
+                raise UsageError(f"{name}: {metric} has an interval that leaves it out: {cell}; make the run anew")
 
 
 def check():
@@ -498,14 +503,14 @@ def check():
         for line, wanted in zip(text.split("\n"), filled.split("\n"), strict=False):
             if line != wanted:
                 raise UsageError(f"{path.name} says '{line}', {RECORD.name} '{wanted}'; --docs writes it anew")
-    check_commits(record)
+    check_record(record)
     print(f"{len(record)} runs; {len(PAGES)} pages say the same")
 
 
 def write_docs(folder):
     """Writes the finished runs into the record, and the record into the pages and the pictures."""
     record = {name: run for name, run in look(folder).items() if "numbers" in run}
-    check_commits(record)
+    check_record(record)
     for name, run in record.items():
         if name not in CURVES:
             run.pop("curves", None)

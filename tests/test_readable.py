@@ -16,11 +16,11 @@ from conftest import REPOSITORY
 
 TOKENS = {  # of each file, and of all tests together; the whole stays within the sum, wherever code is moved to
     "adapter_rp.py": 4871, "baselines.py": 483, "data.py": 4395, "datasets.py": 5367, "embed.py": 3531,
-    "experiments/baselines.py": 728, "experiments/benchmark.py": 3950, "experiments/curve.py": 590,
-    "experiments/intervals.py": 894, "experiments/localize.py": 2306, "experiments/tables.py": 4147,
+    "experiments/baselines.py": 719, "experiments/benchmark.py": 3950, "experiments/curve.py": 590,
+    "experiments/intervals.py": 894, "experiments/localize.py": 2306, "experiments/tables.py": 4211,
     "experiments/text_quality.py": 1521, "experiments/thresholds.py": 813, "experiments/train_scenes_clip.py": 1059,
-    "explain.py": 899, "llm_text.py": 4719, "metrics.py": 1596, "pictures.py": 1587, "run.py": 4892, "scenes.py": 4424,
-    "sspa.py": 9295, "tag.py": 2460, "walk.py": 527, "tests/*.py": 36826,
+    "explain.py": 899, "llm_text.py": 4719, "metrics.py": 1596, "pictures.py": 1587, "run.py": 4906, "scenes.py": 4424,
+    "sspa.py": 9295, "tag.py": 2461, "walk.py": 527, "tests/*.py": 36851,
 }
 READ = ("sspa.py", "adapter_rp.py", "explain.py")  # read beside the papers; other files' limits are a fifth higher
 PLAIN = {"tokens a line": 12.0, "lines above 20 tokens, %": 13.5, "median head": 9, "several names, %": 2.0,

@@ -181,7 +181,7 @@ def test_summary(capsys):
     """Two photos, a tag on the first: expected precision 0.8, F1 2 * 0.8 / (1 + 0.8 + 0.2). The second has no tag."""
     tag.report(["dog", "cat"], np.array([[0.8, 0.1], [0.2, 0]]), [[0], []], [0.4, 0.05])
     told = capsys.readouterr().out
-    assert told.startswith("2 photos tagged; 1 carry none of these labels\n")
+    assert told.startswith("2 photos; 1 carry none of these labels\n")
     assert re.search(r"\ndog +1 +0.40 +80 +80\ncat +0 +0.05\n", told)
 
 
