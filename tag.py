@@ -315,7 +315,7 @@ def report(labels, probabilities, tags, thresholds):
             line += f"{100 * right / count:13.0f}{200 * right / (count + p.sum()):7.0f}"
         print(line)
     print("\nPrecision: of the photos with this tag, how many show it. F1: that, and how many of the photos that show "
-          "it\nhave the tag, in one number. Both hold as far as the probabilities do: nobody looked at the photos.")
+          "it\nhave the tag, in one number. Both are what the probabilities say, and may be off by ten: nobody looked.")
 
 
 def main(argv):
