@@ -155,7 +155,7 @@ class Adapter(nn.Module):
 
 
 # --- RP: losses -------------------------------------------------------------------------------------------------------
-# Summed over labels, averaged over the batch [author; choice D7]. Targets: 1 present, 0 absent, -1 ignored.
+# Summed over labels, averaged over the batch [choice D7]. Targets: 1 present, 0 absent, -1 ignored.
 def check_targets(targets):
     """Raises ValueError for targets that are floats, or not of the form [..., B, C]."""
     if targets.ndim < 2 or targets.is_floating_point():
@@ -583,7 +583,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     With p = sigmoid(z), q = max(p - clip, 0), dp/dz = p (1 - p):
         absent:   loss = -q^gamma- log(1-q)        d/dz = q^gamma- (1/(1-q) - gamma- log(1-q) / q) p (1-p)
         present:  loss = -(1-p)^gamma+ log p       d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
-    focal_gradient "stopped": the terms with a factor gamma are left out. An absent label with q = 0 has neither.
+    focal_gradient "stopped": the terms with a factor gamma are left out. Absent with q = 0: loss and slope are 0.
     """
     z = z.view(-1)
     targets = targets.reshape(-1)

@@ -318,7 +318,7 @@ def soft_aggregate_loss_reference(label_features, region_features, temperature, 
 
 
 # --- SSPA: losses -----------------------------------------------------------------------------------------------------
-# Summed over labels, averaged over the batch [author; choice D10]. Targets: 1 present, 0 absent, -1 ignored.
+# Summed over labels, averaged over the batch [choice D10]. Targets: 1 present, 0 absent, -1 ignored.
 def check_targets(targets):
     """Raises ValueError for targets that are floats, or not of the form [..., B, C]."""
     if targets.ndim < 2 or targets.is_floating_point():
@@ -387,7 +387,7 @@ class Prediction(NamedTuple):  # what flows along the figure's arrows; the last 
 
 
 class SSPA(nn.Module):
-    """The learned parts and the CLIP they build on, of which only a tuned image tower has requires_grad."""
+    """The learned parts, and the CLIP they build on. In CLIP only a tuned image tower has requires_grad."""
 
     def __init__(self, config, clip_model, labels, seed):
         """clip_model: open_clip's CLIP; its image tower is trained with --tune-image full; labels: Labels"""
@@ -1035,7 +1035,7 @@ def asymmetric_loss_and_gradient(z, targets, gamma_neg, gamma_pos, clip, focal_g
     With p = sigmoid(z), q = max(p - clip, 0), dp/dz = p (1 - p):
         absent:   loss = -q^gamma- log(1-q)        d/dz = q^gamma- (1/(1-q) - gamma- log(1-q) / q) p (1-p)
         present:  loss = -(1-p)^gamma+ log p       d/dz = (1-p)^gamma+ (gamma+ p log p - (1-p))
-    focal_gradient "stopped": the terms with a factor gamma are left out. An absent label with q = 0 has neither.
+    focal_gradient "stopped": the terms with a factor gamma are left out. Absent with q = 0: loss and slope are 0.
     """
     z = z.view(-1)
     targets = targets.reshape(-1)

@@ -371,11 +371,11 @@ def tagging(bench):
             scenes.picture("test", 0)[0].resize((width, height)).save(photo, quality=90)
             counts = (1, count)
             calls = [partial(call, command + [photo] * photos) for command in (bare, ours) for photos in counts]
-            one, all_ = interleave(calls, 30 * bench.seconds).reshape(2, 2).T / 1000  # [bare, ours]
-            rate = (count - 1) / (all_ - one)
+            seconds = interleave(calls, 30 * bench.seconds) / 1000
+            rate = (count - 1) / (seconds[1::2] - seconds[::2])  # [bare, ours]
             bench.add("Tagging", f"{width:,} x {height:,} pixels", {
                 "bare, photos a second": rate[0], "ours, photos a second": rate[1], "ours / bare": rate[1] / rate[0],
-                "bare, seconds of one photo": one[0], "ours, seconds of one photo": one[1]})
+                "bare, seconds of one photo": seconds[0], "ours, seconds of one photo": seconds[2]})
 
 
 def synchronisations(step):

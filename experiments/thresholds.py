@@ -55,8 +55,9 @@ def compare(scores, probabilities, truth, draw):
     yield "one for all labels, no labels used", f1(probabilities, truth, found(probabilities.reshape(-1, 1)))
     best = max(GRID, key=lambda threshold: sum(f1(scores, truth, threshold)))
     yield "one for all labels, the best on these very labels", f1(scores, truth, best)
-    yield "without labels, from all photos", f1(probabilities, truth, found(probabilities))
-    yield "the same, as expected from probabilities alone", expected_f1(probabilities, found(probabilities))
+    thresholds = found(probabilities)
+    yield "without labels, from all photos", f1(probabilities, truth, thresholds)
+    yield "the same, as expected from probabilities alone", expected_f1(probabilities, thresholds)
     for _ in range(DRAWS):
         order = draw.permutation(count)
         for few in (20, 50, 100, 500):

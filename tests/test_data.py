@@ -160,7 +160,8 @@ def test_match_nouns(row):
 
 
 def test_label_file(tmp_path, capsys):
-    path = write(tmp_path / "labels.txt", "\ufeffdog\n\u200b\n  fire_truck \r\na_b\nna\u00adïve café\n☀\n" + "x" * 200)
+    path = write(tmp_path / "labels.txt",
+                 "\ufeffdog\n\u200b\n  fire_truck \r\na_b\nna\u00adïve café\n☀\n" + "x" * 200)
     assert data.read_labels(path) == ["dog", "fire truck", "a b", "naïve café", "☀", "x" * 200]
     assert capsys.readouterr().err == f"{path}: an underscore in a label is read as a space\n"
     data.read_labels(write(path, "dog\nсобака\n猫\ncafé"))
